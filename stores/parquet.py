@@ -1,0 +1,139 @@
+"""Columns to Parquet and back: equal columns give equal bytes, and every page carries a checksum that is checked."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stores.errors import Damaged, StoreError
+
+VERSION = 1
+_ROWS = 2048  # rows in a row group
+_INFERRED: Mapping[str, pa.DataType] = MappingProxyType({})
+
+
+def to_table(columns: Mapping[str, Sequence[Any]], types: Mapping[str, pa.DataType] = _INFERRED) -> pa.Table:
+    """Equal-length columns as an Arrow table, in their order.
+
+    Args:
+        columns: Values by column name: lists or one-dimensional arrays. A dict among them becomes a struct.
+        types: The type of a column; where not given, inferred, and float64 when every value is None.
+
+    Raises:
+        ValueError: no columns, unequal lengths, or values that do not fit their type; the message names the column.
+    """
+    if not columns:
+        raise ValueError("columns is empty; give at least one column")
+    lengths = {name: len(values) for name, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns have unequal lengths {lengths}; give each column one value a row")
+    return pa.table({name: to_array(name, values, types.get(name)) for name, values in columns.items()})
+
+
+def to_array(name: str, values: Sequence[Any], kind: pa.DataType | None = None) -> pa.Array:
+    """One column as an Arrow array; types and errors as for `to_table`."""
+    if kind is not None and pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type):
+        return _list_array(name, values, kind)
+    try:
+        array = pa.array(values)
+        if pa.types.is_null(array.type):
+            return array.cast(kind or pa.float64())
+        if kind is None:
+            return array
+        if _is_text(kind) and not _is_text(array.type):
+            raise ValueError(f"column {name!r} holds {array.type} values, not strings; convert them")
+        return array.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        wanted = "one type" if kind is None else str(kind)
+        raise ValueError(f"column {name!r} does not hold values of {wanted}: {error}; convert them") from error
+
+
+def to_values(column: pa.ChunkedArray) -> list[Any]:
+    """The rows of a column: lists of numbers as writable NumPy arrays, everything else as plain Python values."""
+    kind = column.type
+    if not (pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type)) or column.null_count:
+        return list(column.to_pylist())
+    rows: list[Any] = []
+    for chunk in column.chunks:
+        flat = np.array(chunk.values.to_numpy(zero_copy_only=False))
+        offsets = chunk.offsets.to_numpy()
+        rows.extend(flat[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
+    return rows
+
+
+def encode(table: pa.Table, dictionary: Sequence[str] | bool = True, split: Sequence[str] = ()) -> bytes:
+    """A table as the bytes of a Parquet file.
+
+    Args:
+        table: The columns.
+        dictionary: Paths of the columns with repeated values, or True for all.
+        split: Paths of float columns to store byte plane by byte plane, which compresses better.
+
+    Raises:
+        ValueError: a column has a type that Parquet cannot hold.
+    """
+    buffer = io.BytesIO()
+    table = table.replace_schema_metadata({"schema_version": str(VERSION)})
+    try:
+        pq.write_table(
+            table,
+            buffer,
+            row_group_size=_ROWS,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=dictionary if isinstance(dictionary, bool) else list(dictionary),
+            use_byte_stream_split=list(split),
+        )
+    except pa.ArrowNotImplementedError as error:
+        raise ValueError(f"columns {table.schema.names}: {error}; store free-form dicts as JSON text") from error
+    return buffer.getvalue()
+
+
+def decode(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a Parquet file, or some of its columns, checking the checksum of every page.
+
+    Raises:
+        Damaged: the file is not what was written.
+        StoreError: a newer version wrote it.
+        ValueError: it has no column of a given name.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            absent = [name for name in columns or () if name not in schema.names]
+            if absent:
+                raise ValueError(f"columns has {absent[0]!r}, and {path} has {schema.names}; ask for one of these")
+            version = int((schema.metadata or {}).get(b"schema_version", b"0"))
+            if version > VERSION:
+                raise StoreError(f"{path} has schema version {version}, above {VERSION}; upgrade Influent")
+            table = file.read(None if columns is None else list(columns))
+    except (pa.ArrowException, OSError) as error:
+        raise Damaged(f"Parquet file {path} cannot be read: {error}; restore it or repeat its step") from error
+    return table if columns is None else table.select(list(columns))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _list_array(name: str, values: Sequence[Any], kind: pa.ListType) -> pa.Array:
+    """Rows of numbers, joined by NumPy: far cheaper than a Python object a number."""
+    dtype = np.dtype(kind.value_type.to_pandas_dtype())
+    try:
+        rows = [np.asarray(row) for row in values]
+        if any(row.ndim != 1 or (row.size and row.dtype.kind not in "iuf") for row in rows):
+            raise ValueError("a row is not a list of numbers")
+        flat = np.concatenate([np.empty(0, dtype), *(row for row in rows if row.size)])
+        inside = pa.array(flat).cast(kind.value_type)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"column {name!r} does not hold lists of {kind.value_type}: {error}; convert them") from error
+    offsets = np.cumsum([0, *(len(row) for row in rows)])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise ValueError(f"column {name!r} has {offsets[-1]} numbers, more than one file can hold; write it in shards")
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), inside)

@@ -1,0 +1,132 @@
+"""Rollouts, in Parquet shards. A shard's belief counts are committed with it, so that neither is ever without the other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stores.entries import Count
+from stores.parquet import decode, encode, to_table, to_values
+from stores.store import Store
+
+KIND = "trajectories"
+FILE = "rollouts.parquet"
+_LABEL = pa.dictionary(pa.int32(), pa.string())
+SCHEMA: dict[str, pa.DataType] = {
+    "prompt_uid": _LABEL,
+    "sample": pa.int32(),
+    "policy": _LABEL,
+    "step": pa.int32(),
+    "prompt_ids": pa.list_(pa.int32()),
+    "completion_ids": pa.list_(pa.int32()),
+    "logp_old": pa.list_(pa.float32()),
+    "temperature": pa.float32(),
+    "finish_reason": _LABEL,
+    "seed": pa.int64(),
+    "text": pa.string(),
+    "reward": pa.float32(),
+    "verdict": _LABEL,
+}
+"""The columns of a shard, all of them needed. `logp_old` is under the policy that sampled."""
+_REPEATED = (
+    *(name for name, kind in SCHEMA.items() if kind == _LABEL),
+    "prompt_ids.list.element",
+    "completion_ids.list.element",
+)
+
+
+class Trajectories:
+    """Shards of rollouts of a store, by key."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def write(self, key: str, columns: Mapping[str, Sequence[Any]], meta: dict[str, Any]) -> str:
+        """Commit a shard and its belief counts: per prompt the verdicts `correct` and `incorrect`, and no others.
+
+        Args:
+            key: From `Store.key`.
+            columns: Exactly the columns of `SCHEMA`, of equal length, without None. `logp_old` has one finite number
+                (nats) for each of `completion_ids`.
+            meta: JSON-able facts; `rows` is added.
+
+        Returns:
+            The key. Writing the same shard twice counts it once.
+
+        Raises:
+            ValueError: a column is missing, unknown, of unequal length or with values that do not fit.
+            Conflict: the key is taken by other content.
+        """
+        _check_names(columns)
+        table = to_table({name: columns[name] for name in SCHEMA}, SCHEMA)
+        _check_values(table)
+        data = encode(table, dictionary=_REPEATED, split=["logp_old.list.element"])
+        meta = meta | {"rows": table.num_rows}
+        return self._store.record(key, KIND, meta, {FILE: data}, count(columns["prompt_uid"], columns["verdict"]))
+
+    def read(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
+        """The columns of some shards, one after the other.
+
+        Args:
+            keys: Keys of shards, in the order to read.
+            columns: Names to read, in this order; all when None.
+
+        Returns:
+            Lists by column name: NumPy arrays for token ids (int32) and log-probabilities (float32), plain values else.
+
+        Raises:
+            Missing: a key is not in the store.
+            Damaged: a file is not what was written.
+            ValueError: there is no such column.
+        """
+        names = list(SCHEMA) if columns is None else list(columns)
+        unknown = [name for name in names if name not in SCHEMA]
+        if unknown:
+            raise ValueError(f"columns has {unknown[0]!r}; trajectories have {list(SCHEMA)}")
+        found: dict[str, list[Any]] = {name: [] for name in names}
+        for key in keys:
+            table = decode(self._store.file(key, KIND, FILE), names)
+            for name in names:
+                found[name].extend(to_values(table[name]))
+        return found
+
+
+def count(uids: Sequence[str], verdicts: Sequence[str]) -> list[Count]:
+    """(prompt_uid, successes, failures) of the prompts with a correct or incorrect rollout, by first appearance.
+
+    >>> count(["a", "b", "a", "c"], ["correct", "incorrect", "incorrect", "timeout"])
+    [('a', 1, 1), ('b', 0, 1)]
+    """
+    tally: dict[str, list[int]] = {}
+    for uid, verdict in zip(uids, verdicts, strict=True):
+        tally.setdefault(str(uid), [0, 0])
+        if verdict in ("correct", "incorrect"):
+            tally[str(uid)][verdict == "incorrect"] += 1
+    return [(uid, successes, failures) for uid, (successes, failures) in tally.items() if successes + failures]
+
+
+def _check_names(columns: Mapping[str, Sequence[Any]]) -> None:
+    absent = [name for name in SCHEMA if name not in columns]
+    unknown = [name for name in columns if name not in SCHEMA]
+    if absent or unknown:
+        raise ValueError(f"columns lacks {absent} and has the unknown {unknown}; a shard has exactly {list(SCHEMA)}")
+
+
+def _check_values(table: pa.Table) -> None:
+    for name in SCHEMA:
+        if table[name].null_count:
+            raise ValueError(f"column {name!r} has {table[name].null_count} rows of None; give every rollout a value")
+    uids, logps = table["prompt_uid"], table["logp_old"].combine_chunks()
+    tokens = pc.list_value_length(table["completion_ids"]).to_numpy()
+    numbers = pc.list_value_length(logps).to_numpy()
+    for row in np.flatnonzero(tokens != numbers):
+        raise ValueError(
+            f"column 'logp_old' has {numbers[row]} numbers for the {tokens[row]} completion_ids of row {row}, prompt "
+            f"{uids[int(row)]}; give one a token"
+        )
+    broken = np.flatnonzero(~np.isfinite(logps.values.to_numpy()))
+    if broken.size:
+        row = int(np.searchsorted(logps.offsets.to_numpy(), broken[0], side="right")) - 1
+        raise ValueError(f"column 'logp_old' is not finite in row {row}, prompt {uids[row]}; leave that rollout out")

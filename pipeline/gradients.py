@@ -1,0 +1,226 @@
+r"""One policy gradient per prompt out of one backward pass.
+
+    g_p = sum_{k in p, t} c_kt grad log pi(x_kt | s_kt)            c from ``pipeline.objective``
+
+A batch holds the rollouts of several prompts, each prompt's rows adjacent. Rows are independent in a transformer, so the
+backward pass of the sum over all prompts already holds, at each layer, every row's input a and output gradient b; the
+gradient of a prompt is the product of its own rows:
+
+    linear       G_p = sum_{rows of p, t} b a^T            (out, in)
+    embedding    G_p[v] = sum_{rows of p, t : x_t = v} b
+    any other    vector-Jacobian product of the layer alone, on the rows of p
+
+Each parameter's gradients go to a ``sink`` as soon as they exist and are then freed, in float32. The weights themselves
+are frozen meanwhile, so that autograd does not form the batch gradient a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from pipeline.objective import OBJECTIVES
+from pipeline.policy import Policy, collate, token_logps
+from pipeline.projection import SparseProjection
+from pipeline.records import Rollouts
+
+Sink = Callable[[str, Tensor], None]
+"""Takes a parameter's name and its gradients, (prompts, *shape); may be called several times a parameter, to be added."""
+
+
+@contextmanager
+def capture(model: nn.Module, sizes: Sequence[int], sink: Sink) -> Iterator[None]:
+    """Send per-prompt gradients of every trainable parameter to ``sink`` during a forward and backward pass.
+
+    Args:
+        model: rows of its inputs are rollouts; the rows of a prompt are adjacent.
+        sizes: rollouts of each prompt, in order.
+        sink: receives the gradients.
+
+    Raises:
+        ValueError: a layer's first axis is not the rollouts, so that its rows cannot be told apart.
+    """
+    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    owned = {
+        module: {key: trainable[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in trainable}
+        for module in model.modules()
+    }
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    hooks = [
+        module.register_forward_hook(_hook(names, list(sizes), sink)) for module, names in owned.items() if names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def prompt_gradients(
+    policy: Policy, rollouts: Rollouts, objective: str, sink: Sink, *, micro_rows: int = 1024
+) -> list[str]:
+    """Send each prompt's policy gradient to ``sink``; rows of all prompts of ``rollouts`` form one batch.
+
+    Args:
+        policy: the policy at which the gradient is taken.
+        rollouts: stored rollouts; the groups are their prompts, in order of first appearance.
+        objective: name in ``pipeline.objective.OBJECTIVES``.
+        sink: receives (prompts, *shape) gradients for each parameter, possibly in several parts.
+        micro_rows: most rollouts in one backward pass; more are accumulated, each with its own coefficients.
+
+    Returns:
+        The prompt_uids, in the order of the first axis of the gradients.
+
+    Raises:
+        FloatingPointError: a log-probability or coefficient is not finite; the message names the prompt.
+    """
+    groups = rollouts.groups()
+    uids, order = list(groups), [i for rows in groups.values() for i in rows]
+    rollouts = rollouts.take(order)
+    owner = np.repeat(np.arange(len(uids)), [len(rows) for rows in groups.values()])
+    passes = [slice(i, min(i + micro_rows, len(order))) for i in range(0, len(order), micro_rows)]
+    single = len(passes) == 1
+    known = None if single else np.concatenate(_padded([_logps_only(policy, rollouts, rows) for rows in passes]))
+    for rows in passes:
+        sizes = np.bincount(owner[rows], minlength=len(uids)).tolist()
+        with capture(policy.model, sizes, sink):
+            logp, mask = _logps(policy, rollouts, rows)
+            new = logp.detach().cpu().numpy() if single else known
+            assert new is not None
+            weights = _coefficients(objective, new, rollouts, owner, uids)[rows, : mask.shape[1]]
+            (logp * torch.from_numpy(weights).to(logp)).sum().backward()
+    return uids
+
+
+def sketch_gradients(
+    policy: Policy, rollouts: Rollouts, objective: str, projection: SparseProjection, *, micro_rows: int = 1024
+) -> tuple[list[str], Float[np.ndarray, "prompts dim"]]:
+    """Return each prompt's projected gradient; no full gradient outlives its own parameter's turn."""
+    sketch = projection.zeros(len(rollouts.groups()), policy.device)
+
+    def sink(name: str, grads: Tensor) -> None:
+        projection.add(sketch, name, grads.flatten(1))
+
+    uids = prompt_gradients(policy, rollouts, objective, sink, micro_rows=micro_rows)
+    rows = sketch.cpu().numpy()
+    finite = np.isfinite(rows).all(axis=1)
+    if not finite.all():
+        bad = uids[int(np.flatnonzero(~finite)[0])]
+        raise FloatingPointError(f"gradient of prompt {bad} is not finite; look at its rollouts and at the dtype")
+    return uids, rows
+
+
+def projection_for(policy: Policy, dim_out: int, *, keep: float = 1.0, seed: int = 0) -> SparseProjection:
+    """Return the projection of this policy's trainable parameters."""
+    layout = {name: p.numel() for name, p in policy.trainable().items()}
+    return SparseProjection(sum(layout.values()), dim_out, keep=keep, seed=seed, layout=layout)
+
+
+def _hook(names: dict[str, str], sizes: list[int], sink: Sink) -> Callable[..., Tensor]:
+    def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs[0].detach()
+        if len(x) != sum(sizes):
+            raise ValueError(
+                f"{type(module).__name__} holds {sorted(names.values())} but sees {len(x)} rows for {sum(sizes)} "
+                "rollouts; train a LoRA adapter on other layers, or leave this layer out"
+            )
+        if not output.requires_grad:
+            output.requires_grad_(True)  # the first trainable layer starts the graph
+        output.register_hook(lambda b: _emit(module, names, x, b.detach(), sizes, sink))
+        return output
+
+    return forward
+
+
+def _emit(module: nn.Module, names: dict[str, str], x: Tensor, b: Tensor, sizes: list[int], sink: Sink) -> None:
+    if isinstance(module, nn.Linear):
+        x, b = x.float(), b.float()
+        if "weight" in names:
+            sink(names["weight"], torch.stack([_flat(bp).T @ _flat(xp) for xp, bp in _parts(x, b, sizes)]))
+        if "bias" in names:
+            sink(names["bias"], torch.stack([_flat(bp).sum(0) for _, bp in _parts(x, b, sizes)]))
+    elif isinstance(module, nn.Embedding):
+        shape = (module.num_embeddings, module.embedding_dim)
+        grads = torch.zeros(len(sizes), *shape, device=b.device)
+        for p, (xp, bp) in enumerate(_parts(x, b.float(), sizes)):
+            grads[p].index_add_(0, xp.flatten(), _flat(bp))
+        sink(names["weight"], grads)
+    else:
+        for name, grads in _layer_vjp(module, names, x, b, sizes).items():
+            sink(name, grads)
+
+
+def _layer_vjp(
+    module: nn.Module, names: dict[str, str], x: Tensor, b: Tensor, sizes: list[int]
+) -> dict[str, Float[Tensor, "prompts ..."]]:
+    """Differentiate one layer on its own, prompt by prompt: exact for any layer whose rows are independent."""
+    frozen = {key: getattr(module, key) for key in names}
+    parts = []
+    try:
+        for xp, bp in _parts(x, b, sizes):
+            weights = {key: p.detach().float().requires_grad_() for key, p in frozen.items()}
+            module._parameters.update(weights)  # type: ignore[arg-type]
+            with torch.enable_grad():
+                out = module.forward(xp.float())  # not __call__, which would run the hooks again
+            parts.append(torch.autograd.grad(out, list(weights.values()), bp.to(out.dtype)))
+    finally:
+        module._parameters.update(frozen)
+    return {name: torch.stack([part[i] for part in parts]) for i, name in enumerate(names.values())}
+
+
+def _parts(x: Tensor, b: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(x.split(sizes), b.split(sizes), strict=True)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _logps(policy: Policy, rollouts: Rollouts, rows: slice) -> tuple[Tensor, Tensor]:
+    temperatures = set(rollouts.temperature[rows])
+    if len(temperatures) != 1:
+        raise ValueError(f"rollouts were sampled at temperatures {sorted(temperatures)}; score them one at a time")
+    batch = collate(rollouts.prompt_ids[rows], rollouts.completion_ids[rows], policy.pad_id, policy.device)
+    return token_logps(policy.model, batch, temperature=temperatures.pop()), batch.mask
+
+
+def _logps_only(policy: Policy, rollouts: Rollouts, rows: slice) -> np.ndarray:
+    with torch.no_grad():
+        return _logps(policy, rollouts, rows)[0].cpu().numpy()
+
+
+def _padded(parts: list[np.ndarray]) -> list[np.ndarray]:
+    width = max(part.shape[1] for part in parts)
+    return [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]
+
+
+def _coefficients(
+    objective: str, logp_new: np.ndarray, rollouts: Rollouts, owner: np.ndarray, uids: list[str]
+) -> np.ndarray:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective = {objective!r}: choose one of {sorted(OBJECTIVES)}")
+    width = logp_new.shape[1]
+    logp_old = np.zeros(logp_new.shape)
+    mask = np.zeros(logp_new.shape, bool)
+    for row, logp in enumerate(rollouts.logp_old):
+        logp_old[row, : len(logp)] = logp
+        mask[row, : len(logp)] = True
+    assert width >= max(map(len, rollouts.logp_old))
+    c = OBJECTIVES[objective](logp_new.astype(float), logp_old, mask, np.array(rollouts.reward, float), owner)
+    bad = ~np.isfinite(c).all(axis=1) | ~np.isfinite(logp_new).all(axis=1)
+    if bad.any():
+        raise FloatingPointError(
+            f"prompt {uids[owner[int(np.flatnonzero(bad)[0])]]}: its log-probabilities under the policy are not finite; "
+            "the checkpoint has diverged, or its dtype overflows"
+        )
+    return c

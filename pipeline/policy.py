@@ -1,0 +1,168 @@
+"""A policy: a causal language model with its tokenizer, loaded from an ordinary Hugging Face checkpoint.
+
+The door to ``transformers`` and ``peft``. Everything else sees a ``Policy`` and log-probabilities.
+
+    logp_kt = log softmax(logits(prompt, x_k,<t) / T)[x_kt]             T = sampling temperature, float32
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A loaded policy.
+
+    Attributes:
+        model: causal language model, in evaluation mode; its trainable parameters define the gradient.
+        tokenizer: its tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_id(self) -> int:
+        """Token that fills unused positions; it is masked everywhere."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that a prompt and its completion may have together."""
+        return int(getattr(self.model.config, "max_position_embeddings", self.tokenizer.model_max_length))
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return the trainable parameters by name; tied parameters appear once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def load_policy(
+    checkpoint: str | Path,
+    *,
+    adapter: Path | None = None,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    attention: str = "sdpa",
+    seed: int = 0,
+) -> Policy:
+    """Load a checkpoint by folder or by hub name, with an adapter where one is given or asked for.
+
+    Args:
+        checkpoint: folder with config, safetensors and tokenizer, or the name of a model.
+        adapter: folder of a saved LoRA adapter to go on from.
+        lora: ``{"rank", "alpha", "targets"}`` of a new adapter; its A is drawn from ``seed``, its B is zero.
+        dtype: torch dtype of the weights.
+        device: torch device.
+        attention: ``sdpa`` or ``eager``.
+        seed: seed of a new adapter's A.
+
+    Raises:
+        FileNotFoundError: the checkpoint is neither a folder with a config nor a name the hub cache knows.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    options = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
+    if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
+        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} has no config.json: not a Hugging Face checkpoint")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), padding_side="left", **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint), dtype=getattr(torch, dtype), attn_implementation=attention, **options
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"checkpoint {str(checkpoint)!r} is not there: give the folder of a Hugging Face checkpoint, or a model name "
+            "that the hub (or its local cache, when HF_HUB_OFFLINE=1) has"
+        ) from error
+    if adapter is not None or lora is not None:
+        model = _with_adapter(model, adapter, lora, seed)
+    return Policy(model.to(device).eval(), tokenizer)
+
+
+def save_policy(policy: Policy, folder: Path) -> None:
+    """Write the policy, or its adapter alone where it has one, as an ordinary checkpoint with its tokenizer."""
+    policy.model.save_pretrained(folder, safe_serialization=True)
+    policy.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts and completions as one rectangle: prompts left-padded, completions right-padded.
+
+    Attributes:
+        input_ids: (rollouts, prompt tokens + completion tokens).
+        attention_mask: 1 where a token is real.
+        mask: True where a completion token is real; (rollouts, tokens).
+    """
+
+    input_ids: Int[Tensor, "rollouts length"]
+    attention_mask: Int[Tensor, "rollouts length"]
+    mask: Bool[Tensor, "rollouts tokens"]
+
+
+def collate(
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Pad prompts on the left and completions on the right."""
+    width, tokens = max(map(len, prompt_ids)), max(map(len, completion_ids))
+    ids = torch.full((len(prompt_ids), width + tokens), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+        start, end = width - len(prompt), width + len(completion)
+        ids[row, start:width] = torch.as_tensor(prompt, dtype=torch.long)
+        ids[row, width:end] = torch.as_tensor(completion, dtype=torch.long)
+        attention[row, start:end] = 1
+    return Batch(ids.to(device), attention.to(device), attention[:, width:].bool().to(device))
+
+
+def token_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "rollouts tokens"]:
+    """Return the log-probability of each completion token, 0 where the mask is False, in float32."""
+    tokens = batch.mask.shape[1]
+    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=positions,
+        logits_to_keep=tokens + 1,
+        use_cache=False,
+    ).logits[:, :-1]
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    taken = logp.gather(2, batch.input_ids[:, -tokens:, None]).squeeze(2)
+    return torch.where(batch.mask, taken, torch.zeros_like(taken))
+
+
+def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None, seed: int) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if adapter is not None:
+        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    assert lora is not None
+    torch.manual_seed(seed)  # peft draws A from the global generator
+    config = LoraConfig(
+        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)

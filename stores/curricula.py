@@ -1,11 +1,10 @@
 """Selections: every prompt with its stage, rank, scores and the reason it was taken or left."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from stores.parquet import decode, encode, to_table
+from stores.parquet import Columns, decode, encode, to_table
 from stores.store import Store
 
 KIND = "selection"
@@ -25,7 +24,7 @@ class Curricula:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def write(self, key: str, columns: Mapping[str, Sequence[Any]], meta: dict[str, Any]) -> str:
+    def write(self, key: str, columns: Columns, meta: dict[str, Any]) -> str:
         """Commit a selection; equal columns give equal bytes.
 
         Args:

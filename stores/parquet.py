@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from stores.errors import Damaged, StoreError
 
 VERSION = 1
 _ROWS = 2048  # rows in a row group
+Column = Sequence[Any] | NDArray[Any]
+Columns = Mapping[str, Column]
 _INFERRED: Mapping[str, pa.DataType] = MappingProxyType({})
 
 
-def to_table(columns: Mapping[str, Sequence[Any]], types: Mapping[str, pa.DataType] = _INFERRED) -> pa.Table:
+def to_table(columns: Columns, types: Mapping[str, pa.DataType] = _INFERRED) -> pa.Table:
     """Equal-length columns as an Arrow table, in their order.
 
     Args:
@@ -35,20 +39,18 @@ def to_table(columns: Mapping[str, Sequence[Any]], types: Mapping[str, pa.DataTy
     return pa.table({name: to_array(name, values, types.get(name)) for name, values in columns.items()})
 
 
-def to_array(name: str, values: Sequence[Any], kind: pa.DataType | None = None) -> pa.Array:
+def to_array(name: str, values: Column, kind: pa.DataType | None = None) -> pa.Array:
     """One column as an Arrow array; types and errors as for `to_table`."""
     if kind is not None and pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type):
         return _list_array(name, values, kind)
     try:
-        array = pa.array(values)
-        if pa.types.is_null(array.type):
-            return array.cast(kind or pa.float64())
+        array = pa.array(values, kind if kind is not None and pa.types.is_nested(kind) else None)
         if kind is None:
-            return array
-        if _is_text(kind) and not _is_text(array.type):
-            raise ValueError(f"column {name!r} holds {array.type} values, not strings; convert them")
+            return array.cast(pa.float64()) if pa.types.is_null(array.type) else array
+        if _is_text(kind) and not (_is_text(array.type) or pa.types.is_null(array.type)):
+            raise TypeError(f"they are {array.type}")
         return array.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (ValueError, TypeError, OverflowError, pa.ArrowNotImplementedError) as error:
         wanted = "one type" if kind is None else str(kind)
         raise ValueError(f"column {name!r} does not hold values of {wanted}: {error}; convert them") from error
 
@@ -62,7 +64,7 @@ def to_values(column: pa.ChunkedArray) -> list[Any]:
     for chunk in column.chunks:
         flat = np.array(chunk.values.to_numpy(zero_copy_only=False))
         offsets = chunk.offsets.to_numpy()
-        rows.extend(flat[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True))
+        rows.extend(flat[start:stop] for start, stop in pairwise(offsets))
     return rows
 
 
@@ -122,7 +124,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
-def _list_array(name: str, values: Sequence[Any], kind: pa.ListType) -> pa.Array:
+def _list_array(name: str, values: Column, kind: pa.ListType) -> pa.Array:
     """Rows of numbers, joined by NumPy: far cheaper than a Python object a number."""
     dtype = np.dtype(kind.value_type.to_pandas_dtype())
     try:

@@ -90,14 +90,14 @@ class Store:
         """The key of what a step makes: its name, and a digest of all that the result depends on.
 
         Args:
-            step: Name of the step, in lower case letters, digits and underscores.
+            step: Name of the step, in lower case letters, digits, dashes and underscores.
             identity: JSON-able values (tuples are lists); a change in any of them changes the key.
 
         Raises:
             ValueError: an entry has no JSON spelling, or the step is not such a name.
         """
-        if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", step):
-            raise ValueError(f"step is {step!r}; use up to 64 lower case letters, digits and underscores")
+        if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", step):
+            raise ValueError(f"step is {step!r}; use up to 64 lower case letters, digits, dashes and underscores")
         for name, value in identity.items():
             canonical(value, name)  # so that an error names the entry as the caller does
         text = canonical({"step": step, "schema": SCHEMA, "identity": identity})

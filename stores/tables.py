@@ -1,9 +1,8 @@
 """Any columns, one Parquet file a table: prompts, scores."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stores.parquet import decode, encode, to_table
+from stores.parquet import Columns, decode, encode, to_table
 from stores.store import Store
 
 FILE = "table.parquet"
@@ -15,7 +14,7 @@ class Tables:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def write(self, key: str, kind: str, columns: Mapping[str, Sequence[Any]], meta: dict[str, Any]) -> str:
+    def write(self, key: str, kind: str, columns: Columns, meta: dict[str, Any]) -> str:
         """Commit columns as a table; equal columns give equal bytes.
 
         Args:

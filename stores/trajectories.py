@@ -1,6 +1,6 @@
-"""Rollouts, in Parquet shards. A shard's belief counts are committed with it, so that neither is ever without the other."""
+"""Rollouts, in Parquet shards. A shard and its belief counts are one commit: neither is ever without the other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stores.entries import Count
-from stores.parquet import decode, encode, to_table, to_values
+from stores.parquet import Column, Columns, decode, encode, to_table, to_values
 from stores.store import Store
 
 KIND = "trajectories"
@@ -43,7 +43,7 @@ class Trajectories:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def write(self, key: str, columns: Mapping[str, Sequence[Any]], meta: dict[str, Any]) -> str:
+    def write(self, key: str, columns: Columns, meta: dict[str, Any]) -> str:
         """Commit a shard and its belief counts: per prompt the verdicts `correct` and `incorrect`, and no others.
 
         Args:
@@ -93,7 +93,7 @@ class Trajectories:
         return found
 
 
-def count(uids: Sequence[str], verdicts: Sequence[str]) -> list[Count]:
+def count(uids: Column, verdicts: Column) -> list[Count]:
     """(prompt_uid, successes, failures) of the prompts with a correct or incorrect rollout, by first appearance.
 
     >>> count(["a", "b", "a", "c"], ["correct", "incorrect", "incorrect", "timeout"])
@@ -107,7 +107,7 @@ def count(uids: Sequence[str], verdicts: Sequence[str]) -> list[Count]:
     return [(uid, successes, failures) for uid, (successes, failures) in tally.items() if successes + failures]
 
 
-def _check_names(columns: Mapping[str, Sequence[Any]]) -> None:
+def _check_names(columns: Columns) -> None:
     absent = [name for name in SCHEMA if name not in columns]
     unknown = [name for name in columns if name not in SCHEMA]
     if absent or unknown:
@@ -121,10 +121,12 @@ def _check_values(table: pa.Table) -> None:
     uids, logps = table["prompt_uid"], table["logp_old"].combine_chunks()
     tokens = pc.list_value_length(table["completion_ids"]).to_numpy()
     numbers = pc.list_value_length(logps).to_numpy()
-    for row in np.flatnonzero(tokens != numbers):
+    unequal = np.flatnonzero(tokens != numbers)
+    if unequal.size:
+        row = int(unequal[0])
         raise ValueError(
             f"column 'logp_old' has {numbers[row]} numbers for the {tokens[row]} completion_ids of row {row}, prompt "
-            f"{uids[int(row)]}; give one a token"
+            f"{uids[row]}; give one a token"
         )
     broken = np.flatnonzero(~np.isfinite(logps.values.to_numpy()))
     if broken.size:

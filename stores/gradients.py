@@ -1,0 +1,194 @@
+"""Generations of projected gradients, in FAISS: one row a prompt, as they were at one policy.
+
+A row is kept as a unit vector in half precision with its norm beside it, and its id is the first 63 bits of the
+SHA-256 of the prompt_uid. Cosines to a few targets are wanted for every row, so every row is scored: an exhaustive
+scan is exact up to the rounding to half precision (about 3e-5 of a cosine at 1,024 dims), and needs no training.
+FAISS files carry no checksum and a damaged header can hang their reader: a file is opened only after its size and
+SHA-256 have been checked, with a limit on what the reader may allocate, and is mapped rather than copied.
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from stores.errors import Damaged
+from stores.parquet import decode, encode, to_table
+from stores.store import Store
+
+Floats = NDArray[np.float32]
+
+KIND = "gradients"
+INDEX = "index.faiss"
+ROWS = "rows.parquet"
+NAMES = ("policy", "projection", "objective")
+"""What names a generation: rows that differ in any of these cannot be compared."""
+_TYPES = {"uid": pa.string(), "id": pa.int64(), "norm": pa.float32()}
+_BLOCK = 8192  # rows decoded at a time
+_READING = threading.Lock()  # the reader's limit belongs to the process
+
+
+class Gradients:
+    """Generations of a store, by key."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def write(self, key: str, uids: Sequence[str], features: Floats, meta: dict[str, Any]) -> str:
+        """Commit a generation.
+
+        Args:
+            key: From `Store.key`.
+            uids: The prompt_uid of each row, each once.
+            features: (prompts, dim) float32, finite, without zero rows; there may be no rows at all.
+            meta: JSON-able facts, with the non-empty strings `policy`, `projection` and `objective`; `rows` and `dim`
+                are added.
+
+        Returns:
+            The key.
+
+        Raises:
+            ValueError: a shape, a name or a row that cannot be kept; the message names the first uid.
+            Conflict: the key is taken by other content.
+        """
+        for name in NAMES:
+            if not (isinstance(meta.get(name), str) and meta[name]):
+                raise ValueError(f"meta[{name!r}] is {meta.get(name)!r}; a generation is named by {', '.join(NAMES)}")
+        _check_shape(uids, features)
+        ids, norms = row_ids(uids), _norms(uids, features)
+        rows, dim = features.shape
+        index = _empty_index(dim)
+        for start in range(0, rows, _BLOCK):
+            block = slice(start, start + _BLOCK)
+            unit = features[block].astype(np.float64) / norms[block, None]
+            index.add_with_ids(unit.astype(np.float32), ids[block])
+        table = to_table({"uid": uids, "id": ids, "norm": norms.astype(np.float32)}, _TYPES)
+        files: dict[str, bytes | Path] = {INDEX: faiss.serialize_index(index).tobytes(), ROWS: encode(table)}
+        return self._store.record(key, KIND, meta | {"rows": rows, "dim": dim}, files)
+
+    def read(self, key: str) -> tuple[list[str], Floats, Floats]:
+        """A whole generation.
+
+        Returns:
+            prompt_uids, unit rows (prompts, dim) and their norms (prompts), in stored order.
+
+        Raises:
+            Missing: the key has no generation.
+            Damaged: a file is not what was written.
+        """
+        uids, norms, index = self._open(key)
+        blocks = [block for _, block in _decoded(index)]
+        return uids, np.concatenate([np.empty((0, index.d), np.float32), *blocks]), norms
+
+    def search(self, key: str, queries: Floats) -> tuple[list[str], Floats]:
+        """The cosine of every row to every query.
+
+        Args:
+            key: A generation.
+            queries: (queries, dim) float32, finite and not zero; their lengths do not matter.
+
+        Returns:
+            prompt_uids, and cosines (prompts, queries), in stored order.
+
+        Raises:
+            ValueError: queries of another shape, or one without a direction.
+            Missing, Damaged: as for `read`.
+        """
+        uids, _, index = self._open(key)
+        if queries.ndim != 2 or queries.shape[1] != index.d:
+            raise ValueError(f"queries has shape {queries.shape}; the rows of {key} need (queries, {index.d})")
+        lengths = _lengths(queries)
+        bad = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
+        if bad.size:
+            raise ValueError(f"queries[{bad[0]}] has length {lengths[bad[0]]}, hence no direction; leave it out")
+        unit = (queries / lengths[:, None]).astype(np.float32)
+        cosines = np.empty((len(uids), len(queries)), np.float32)
+        for start, block in _decoded(index):
+            cosines[start : start + len(block)] = block @ unit.T
+        return uids, cosines
+
+    def _open(self, key: str) -> tuple[list[str], Floats, faiss.IndexIDMap2]:
+        artifact = self._store.expect(key, KIND)
+        table = decode(self._store.file(key, KIND, ROWS))
+        path = self._store.file(key, KIND, INDEX)
+        index = _read_index(path, artifact.files[INDEX].size)
+        uids = table["uid"].to_pylist()
+        stored = faiss.vector_to_array(index.id_map)
+        shape = (artifact.meta["rows"], artifact.meta["dim"])
+        if (index.ntotal, index.d) != shape or not np.array_equal(stored, table["id"].to_numpy()):
+            raise Damaged(f"gradients {key}: {path} and its rows disagree; repeat the step under another key")
+        return uids, table["norm"].to_numpy().astype(np.float32), index
+
+
+def row_ids(uids: Sequence[str]) -> NDArray[np.int64]:
+    """The first 63 bits of the SHA-256 of each uid.
+
+    Raises:
+        ValueError: a uid is there twice, or two have the same 63 bits.
+    """
+    taken: dict[int, str] = {}
+    for uid in uids:
+        number = int.from_bytes(hashlib.sha256(uid.encode()).digest()[:8], "big") >> 1
+        if number in taken:
+            what = "is there twice" if taken[number] == uid else f"has the same id as {taken[number]!r}"
+            raise ValueError(f"uid {uid!r} {what}; give each prompt one row")
+        taken[number] = uid
+    return np.array(list(taken), dtype=np.int64)
+
+
+def _check_shape(uids: Sequence[str], features: Floats) -> None:
+    if features.ndim != 2 or features.dtype != np.float32 or features.shape[1] == 0:
+        raise ValueError(f"features has shape {features.shape} and type {features.dtype}; pass float32 (prompts, dim)")
+    if len(uids) != len(features):
+        raise ValueError(f"uids has {len(uids)} entries and features {len(features)} rows; give each row one uid")
+
+
+def _lengths(rows: Floats) -> NDArray[np.float64]:
+    """Row norms summed in double precision: squares of large float32 values overflow in single."""
+    lengths: NDArray[np.float64] = np.sqrt(np.einsum("pd,pd->p", rows, rows, dtype=np.float64))
+    return lengths
+
+
+def _norms(uids: Sequence[str], features: Floats) -> NDArray[np.float64]:
+    norms = _lengths(features)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(norms.astype(np.float32))
+    if not finite.all():
+        uid = uids[int(np.argmin(finite))]
+        raise ValueError(f"the features of {uid!r} are not finite or too long for float32; find out where from")
+    if not norms.all():
+        uid = uids[int(np.argmin(norms))]
+        raise ValueError(f"the features of {uid!r} are all zero and have no direction; leave that prompt out")
+    return norms
+
+
+def _empty_index(dim: int) -> faiss.IndexIDMap2:
+    codes = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    return faiss.IndexIDMap2(codes)
+
+
+def _read_index(path: Path, size: int) -> faiss.IndexIDMap2:
+    with _READING:
+        limit = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(size)
+        try:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+        except RuntimeError as error:
+            raise Damaged(f"FAISS file {path} cannot be read: {error}; restore it or repeat its step") from error
+        finally:
+            faiss.set_deserialization_vector_byte_limit(limit)
+    if not isinstance(index, faiss.IndexIDMap2):
+        raise Damaged(f"FAISS file {path} holds a {type(index).__name__}, not an IndexIDMap2; repeat its step")
+    return index
+
+
+def _decoded(index: faiss.IndexIDMap2) -> Iterator[tuple[int, Floats]]:
+    """Blocks of unit rows in stored order, each with the position of its first row."""
+    for start in range(0, index.ntotal, _BLOCK):
+        yield start, index.index.reconstruct_n(start, min(_BLOCK, index.ntotal - start))

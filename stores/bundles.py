@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from stores import objects
 from stores.canonical import canonical
-from stores.objects import remedied, rename, sync_folder, write_file
+from stores.objects import remedied, write_file
 from stores.parquet import Columns, encode, to_table
 from stores.rollout_files import read_rollouts
 
@@ -70,7 +71,7 @@ def write_bundle(
     Raises:
         ValueError: a column that is missing, unknown or does not fit; text in the selection; a folder that is none of
             ours.
-        OSError: the disk refused; the bundle that was there is still there.
+        OSError: the disk refused; the bundle that was there is still there, unless only the last sync failed.
     """
     _check(folder, stages, selection, manifest)
     files = {"selection.parquet": to_table(selection)}
@@ -142,7 +143,7 @@ def _write_all(folder: Path, tables: Mapping[str, pa.Table], card: str, manifest
     _write(folder / "manifest.json", f"{text}\n".encode())
     with remedied(folder):
         for inside, _, _ in os.walk(folder):
-            sync_folder(Path(inside))
+            objects.sync_folder(Path(inside))
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -152,16 +153,21 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _replace(folder: Path, temporary: Path) -> None:
-    """Put the temporary in the folder's place; the old folder comes back when that fails."""
-    old = temporary.with_suffix(".old")
+    """Put the temporary in the folder's place; the old folder comes back when that fails.
+
+    A folder cannot be replaced in one step: a crash between the two renames leaves the old one as `.<name>.<hex>.old`.
+    """
+    old = temporary.with_name(f"{temporary.name}.old")
     if folder.exists():
-        rename(folder, old)
+        objects.rename(folder, old)
     try:
-        rename(temporary, folder)
+        objects.rename(temporary, folder)
     except OSError:
         if old.exists():
             with suppress(OSError):
-                os.rename(old, folder)
+                objects.rename(old, folder)
         raise
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        objects.sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

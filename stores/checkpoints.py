@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from stores import objects
 from stores.entries import Artifact
-from stores.objects import remedied, rename
+from stores.objects import remedied
 from stores.store import Store
 
 KIND = "policy"
@@ -71,8 +72,8 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             with remedied(target):
                 if target.exists():  # incomplete or changed: out of the way, for the collector
-                    rename(target, self._store.objects.temporary())
-                rename(temporary, target)
+                    objects.rename(target, self._store.objects.temporary())
+                objects.rename(temporary, target)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             if not self._is_complete(target, artifact):  # else another process was faster

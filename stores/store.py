@@ -10,11 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from stores import objects
 from stores.canonical import canonical
 from stores.catalog import Catalog
 from stores.entries import Artifact, Count, check_names
 from stores.errors import Conflict, Damaged, Missing
-from stores.objects import File, Objects, unlink
+from stores.objects import File, Objects
 
 if TYPE_CHECKING:
     from stores.beliefs import Beliefs
@@ -223,7 +224,7 @@ def _delete_old(path: Path, limit: float) -> bool:
     try:
         if path.stat().st_mtime > limit:
             return False
-        shutil.rmtree(path) if path.is_dir() else unlink(path)
+        shutil.rmtree(path) if path.is_dir() else objects.unlink(path)
     except FileNotFoundError:  # a temporary that got its final name, or another collector's work
         return False
     return True

@@ -1,0 +1,81 @@
+"""A store in a temporary folder, and sample columns to put in it."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stores import objects, open_store
+from stores.store import Store
+
+Columns = dict[str, list[Any]]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """An empty store."""
+    return open_store(tmp_path / "store")
+
+
+@pytest.fixture
+def rollouts() -> Callable[..., Columns]:
+    """Makes the columns of a shard: 4 prompts with `samples` rollouts each, the same for the same seed."""
+
+    def make(seed: int = 0, samples: int = 3, length: int = 5) -> Columns:
+        rng = np.random.default_rng(seed)
+        rows = [(f"prompt-{prompt}", sample) for prompt in range(4) for sample in range(samples)]
+        tokens = [rng.integers(0, 1000, rng.integers(0, length + 1)).tolist() for _ in rows]
+        verdicts = rng.choice(["correct", "incorrect", "truncated"], len(rows)).tolist()
+        return {
+            "prompt_uid": [uid for uid, _ in rows],
+            "sample": [sample for _, sample in rows],
+            "policy": ["policy-0"] * len(rows),
+            "step": [seed] * len(rows),
+            "prompt_ids": [[1, 2, 3]] * len(rows),
+            "completion_ids": tokens,
+            "logp_old": [np.float32(-rng.random(len(row))).tolist() for row in tokens],
+            "temperature": [1.0] * len(rows),
+            "finish_reason": ["stop"] * len(rows),
+            "seed": [2**40 + sample for _, sample in rows],
+            "text": [f"the answer is {row} \u00e9\U0001f600" for row in tokens],
+            "reward": [float(verdict == "correct") for verdict in verdicts],
+            "verdict": verdicts,
+        }
+
+    return make
+
+
+@pytest.fixture
+def names() -> dict[str, str]:
+    """The meta that names a generation of gradients."""
+    return {"policy": "policy-0", "projection": "sparse-0", "objective": "grpo"}
+
+
+@pytest.fixture
+def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """Lets the n-th of the six disk operations fail as on a full disk, within a `with` block."""
+
+    @contextmanager
+    def failing(number: int) -> Iterator[None]:
+        calls = count(1)
+
+        def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any) -> Any:
+                if next(calls) == number:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return operation(*args)
+
+            return wrapped
+
+        with monkeypatch.context() as patch:
+            for name in ("create", "append", "sync", "rename", "sync_folder", "unlink"):
+                patch.setattr(objects, name, wrap(getattr(objects, name)))
+            yield
+
+    return failing

@@ -79,9 +79,8 @@ def load_policy(
         FileNotFoundError: the checkpoint is neither a folder with a config nor a name the hub cache knows.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    _hush()
     options = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
     if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
         raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} has no config.json: not a Hugging Face checkpoint")
@@ -102,7 +101,8 @@ def load_policy(
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write the policy, or its adapter alone where it has one, as an ordinary checkpoint with its tokenizer."""
-    policy.model.save_pretrained(folder, safe_serialization=True)
+    _hush()
+    policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
 
@@ -155,6 +155,13 @@ def token_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> Float[
     return torch.where(batch.mask, taken, torch.zeros_like(taken))
 
 
+def _hush() -> None:
+    """Leave progress to the caller: the library's own bars would cut through it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None, seed: int) -> Any:
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -166,3 +173,15 @@ def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None,
         r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=0.0, task_type="CAUSAL_LM"
     )
     return get_peft_model(model, config)
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Unpack the weights of a GGUF file to float32 and save them, with the tokenizer, as an ordinary checkpoint."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where, name = str(file.parent), file.name
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    model = AutoModelForCausalLM.from_pretrained(
+        where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    save_policy(Policy(model, tokenizer), folder)

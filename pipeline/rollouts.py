@@ -79,3 +79,19 @@ def _columns(
 
 def _cut_off(verdict: str, finish_reason: str) -> str:
     return "truncated" if verdict == "incorrect" and finish_reason == "length" else verdict
+
+
+def match(rollouts: Rollouts, pool: Prompts) -> Rollouts:
+    """Return the rollouts that belong to a prompt of the pool.
+
+    Raises:
+        ValueError: none does, so that the file was made for other prompts.
+    """
+    known = set(pool.prompt_uid)
+    rows = [i for i, uid in enumerate(rollouts.prompt_uid) if uid in known]
+    if not rows:
+        raise ValueError(
+            f"none of the {len(rollouts)} imported rollouts belongs to the pool's {len(pool)} prompts: "
+            "prompt_uid is the hash of (messages, ground truth, data source); make it from the same three"
+        )
+    return rollouts.take(rows)

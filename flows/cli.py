@@ -1,0 +1,103 @@
+"""The command line. Data on standard output, progress on standard error; 0 ok, 1 failed, 2 usage, 3 verification failed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SINGLE = {
+    "collect": ("collect", "sample and score the rollouts that the first selection needs"),
+    "featurize": ("featurize", "compute and store the projected gradients of a stage"),
+    "score": ("score", "score a stage's influence"),
+    "select": ("select", "select a stage"),
+    "train": ("train", "train a stage's first segment"),
+    "evaluate": ("evaluate", "evaluate the checkpoint that a stage's first segment made"),
+}
+"""Commands that run the loop up to one step of one stage, plainly; what is done already is not done again."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of every command."""
+    main = argparse.ArgumentParser(
+        prog="influent", description="Which prompts to train on next, in what order, and how much each counts."
+    )
+    main.add_argument("--version", action="store_true", help="print the version")
+    commands = main.add_subparsers(dest="command", metavar="command")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
+        return command
+
+    def with_run(command: argparse.ArgumentParser) -> None:
+        command.add_argument("config", help="a TOML file, or the name of a recipe")
+        command.add_argument("--dir", type=Path, help="run directory; runs/<name> by default")
+        command.add_argument("--seed", type=int, help="seed, instead of the file's")
+
+    run = add("run", "run the whole loop as a Prefect flow: select, train, evaluate, export, report")
+    with_run(run)
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="run N seeds, counted up from the file's")
+    run.add_argument("--no-prefect", action="store_true", help="call the steps plainly, without Prefect")
+    for name, (_, text) in SINGLE.items():
+        command = add(name, text)
+        with_run(command)
+        command.add_argument("--stage", type=int, help="stage, counted from 0; the first that has this step by default")
+    for name, text in (
+        ("export", "run the loop if need be, and write the stages as a dataset"),
+        ("report", "run the loop if need be, and write the report"),
+        ("import", "check rollouts made elsewhere against the pool, and store those that match"),
+    ):
+        with_run(add(name, text))
+    for name, text in (
+        ("status", "say what a run directory holds"),
+        ("verify", "read every stored file and compare it with its checksum"),
+        ("gc", "delete files that nothing refers to and that are older than a day"),
+    ):
+        add(name, text).add_argument("dir", type=Path, help="run directory")
+    add("recipes", "list the recipes that come with the package")
+    return main
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.version:
+        from importlib.metadata import version
+
+        print(version("influent"))
+        return 0
+    if not arguments.command:
+        parser().print_help()
+        return 2
+    from flows import commands
+    from flows.config import ConfigError
+
+    try:
+        result, code = commands.dispatch(arguments)
+    except ConfigError as error:
+        print(f"influent: {error}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError, FloatingPointError, commands.StoreError) as error:
+        print(f"influent: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("influent: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    _print(result, as_json=arguments.json)
+    return code
+
+
+def _print(result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1, default=str))
+        return
+    for name, value in result.items():
+        print(f"{name}: {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

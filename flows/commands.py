@@ -1,0 +1,134 @@
+"""What each command does, once its arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from flows.cli import SINGLE
+from flows.config import Config, load_config, recipes
+from flows.progress import Reporter
+from stores.errors import StoreError
+
+__all__ = ["StoreError", "dispatch"]
+
+Result = tuple[dict[str, Any], int]
+
+
+def dispatch(arguments: argparse.Namespace) -> Result:
+    """Run the command and return (result to print, exit code)."""
+    if arguments.command == "recipes":
+        return {"recipes": recipes()}, 0
+    if arguments.command in ("status", "verify", "gc"):
+        return {"status": _status, "verify": _verify, "gc": _gc}[arguments.command](_store(arguments.dir))
+    reporter = Reporter(quiet=arguments.json)
+    config = load_config(arguments.config)
+    if arguments.seed is not None:
+        config = config.model_copy(update={"seed": arguments.seed})
+    folder = arguments.dir or Path("runs") / config.name
+    if arguments.command in SINGLE:
+        return _single(config, folder, reporter, SINGLE[arguments.command][0], arguments.stage)
+    if arguments.command == "import":
+        return _import(config, folder, reporter)
+    return _run(arguments, config, folder, reporter)
+
+
+def _run(arguments: argparse.Namespace, config: Config, folder: Path, reporter: Reporter) -> Result:
+    seeds = list(range(config.seed, config.seed + getattr(arguments, "seeds", 1)))
+    if arguments.command == "run" and not arguments.no_prefect:
+        from flows.orchestration import run_as_flow
+
+        summary = run_as_flow(config, folder, reporter, seeds=seeds)
+    else:
+        from flows.run import run
+
+        summary = run(config, folder, reporter, seeds=seeds)
+    _tell(reporter, summary)
+    places = {"summary": folder / "summary.json", "export": folder / "export", "report": folder / "report.html"}
+    return {name: str(path.absolute()) for name, path in places.items()}, 0
+
+
+def _tell(reporter: Reporter, summary: dict[str, Any]) -> None:
+    reporter.heading("result")
+    rows = []
+    for arm, sets in summary["final"].items():
+        one = summary["runs"][0]["arms"][arm]
+        values = [_value(v) for metrics in sets.values() for v in metrics.values()]
+        rows.append([arm, str(one["steps"]), str(one["rollouts"]), *values])
+    names = [f"{split} {name.replace('_', ' ')}" for split, m in summary["final"]["curriculum"].items() for name in m]
+    reporter.table("at the end", ["run", "steps", "rollouts", *names], rows)
+    for pair, kinds in summary["paired_differences"].items():
+        facts = [f"{name.replace('_', ' ')} {_value(v, sign='+')}" for name, v in kinds["final"]["test"].items()]
+        reporter.line(f"{pair}, test: " + ", ".join(facts))
+    if len(summary["seeds"]) == 1:
+        reporter.line("one seed: these differences carry no interval; --seeds 5 gives them one")
+
+
+def _value(v: dict[str, Any], sign: str = "") -> str:
+    half = "" if v["half_width"] is None else f" ± {v['half_width']:.3f}"
+    return f"{v['mean']:{sign}.3f}{half}"
+
+
+def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: int | None) -> Result:
+    from flows.curriculum import Do, Reached, run_seed
+    from flows.run import open_desk, plain
+
+    collects = config.evidence.source != "first_stage"
+    first = 0 if step in ("train", "evaluate") or collects else 1
+    number = first if stage is None else stage
+    if not 0 <= number < len(config.train.stages):
+        raise ValueError(f"--stage {number}: this run has stages 0 to {len(config.train.stages) - 1}")
+    if number < first:
+        raise ValueError(f"--stage {number}: with evidence.source = 'first_stage', stage 0 is a shuffle and has no {step}")
+    with open_desk(config, folder, reporter) as desk:
+        do = Do(desk, plain, until=(step, number))
+        try:
+            run_seed(do)
+        except Reached as reached:
+            keys = reached.key if isinstance(reached.key, list) else [reached.key]
+            return {"step": step, "stage": number, "keys": keys}, 0
+    raise ValueError(f"step {step!r} does not occur in stage {number}")
+
+
+def _import(config: Config, folder: Path, reporter: Reporter) -> Result:
+    from flows.curriculum import Do
+    from flows.run import open_desk, plain
+    from flows.story import count_rollouts
+
+    if config.evidence.source != "import":
+        raise ValueError(f"evidence.source = {config.evidence.source!r}: set it to 'import', and evidence.path to the file")
+    with open_desk(config, folder, reporter) as desk:
+        do = Do(desk, plain)
+        keys = do("import_rollouts", do("prompts", do("start_policy")))
+        return {"keys": keys, "rollouts": count_rollouts(desk, keys)}, 0
+
+
+def _store(folder: Path) -> Any:
+    from stores import open_store
+
+    if not (folder / "store").is_dir():
+        raise FileNotFoundError(f"dir {str(folder)!r} holds no store: give the directory of a run, such as runs/demo")
+    config = load_config(folder / "config.toml")
+    return open_store(folder / "store", config.catalog or None)
+
+
+def _status(store: Any) -> Result:
+    kinds: dict[str, int] = {}
+    for key in store.catalog.keys():  # noqa: SIM118  a method of the catalog, not of a dict
+        kinds[key.rsplit("-", 1)[0]] = kinds.get(key.rsplit("-", 1)[0], 0) + 1
+    return {"store": str(store.root), **kinds}, 0
+
+
+def _verify(store: Any) -> Result:
+    checked = [(key, name, wrong) for key, name, _, wrong in store.verify()]
+    bad = [f"{key}/{name}: {wrong}" for key, name, wrong in checked if wrong]
+    return {"files": len(checked), "damaged": bad}, 3 if bad else 0
+
+
+def _gc(store: Any) -> Result:
+    return {"deleted": store.collect()}, 0
+
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

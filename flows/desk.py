@@ -1,0 +1,111 @@
+"""What every step of a run needs at hand: settings, store, verifiers, progress, and the policy that was used last."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config import Config
+from flows.progress import Advance, Reporter
+from pipeline.records import keyed_seed
+
+if TYPE_CHECKING:
+    from pipeline.policy import Policy
+    from pipeline.projection import SparseProjection
+    from pipeline.records import Prompts
+    from pipeline.rewards import VerifierPool
+    from stores.store import Store
+
+
+class Desk:
+    """The run's settings and open resources.
+
+    Args:
+        config: the settings, with the seed of this run.
+        folder: the run directory.
+        store: where artifacts are kept.
+        verifiers: scores completions.
+        reporter: shows progress.
+    """
+
+    def __init__(self, config: Config, folder: Path, store: Store, verifiers: VerifierPool, reporter: Reporter) -> None:
+        self.config, self.folder, self.store = config, folder, store
+        self.verifiers, self.reporter = verifiers, reporter
+        self.data = ""  # key of the run's prompts, once they are read
+        self.advance: Advance = lambda n: None  # of the bar that is on show
+        self._held: tuple[str, Policy, Any] | None = None
+        self._projection: SparseProjection | None = None  # its tables are worth keeping from stage to stage
+
+    def seed(self, *identity: object) -> int:
+        """Return a seed for one purpose of this run."""
+        return keyed_seed(self.config.seed, *identity)
+
+    def load(self, key: str) -> Policy:
+        """Return the policy of a key, from memory where it was used last."""
+        if self._held is None or self._held[0] != key:
+            self._held = None  # before loading the next: two large policies may not fit
+            self._held = (key, self._read(key), None)
+        return self._held[1]
+
+    def take(self, key: str) -> tuple[Policy, Any]:
+        """Return the policy of a key, and its optimizer where that is still in memory, to be changed by the caller."""
+        policy = self.load(key)
+        assert self._held is not None
+        optimizer, self._held = self._held[2], None
+        return policy, optimizer
+
+    def hold(self, key: str, policy: Policy, optimizer: Any) -> None:
+        """Keep a policy in memory under the key that it was stored by."""
+        self._held = (key, policy, optimizer)
+
+    def projection(self, policy: Policy) -> SparseProjection:
+        """Return the projection that all gradients of this run go through."""
+        from pipeline.gradients import projection_for
+
+        features = self.config.features
+        if self._projection is None:
+            self._projection = projection_for(policy, features.dim, keep=features.keep, seed=features.seed)
+        return self._projection
+
+    def prompts(self, data: str, split: str) -> Prompts:
+        """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""
+        from pipeline.records import Prompts
+
+        columns = self.store.tables.read(data)
+        rows = [i for i, (s, r) in enumerate(zip(columns["split"], columns["reason"], strict=True)) if s == split and not r]
+        return Prompts.of(columns).take(rows)
+
+    def excluded(self, data: str) -> dict[str, str]:
+        """Return the reason of each prompt of the pool that was left out when it was read."""
+        columns = self.store.tables.read(data)
+        rows = zip(columns["prompt_uid"], columns["split"], columns["reason"], strict=True)
+        return {uid: reason for uid, split, reason in rows if split == "pool" and reason}
+
+    def _read(self, key: str) -> Policy:
+        from pipeline.policy import load_policy
+
+        settings, meta = self.config.policy, self.store.meta(key)
+        options = {"dtype": settings.dtype, "device": settings.device, "attention": settings.attention}
+        lora = settings.lora.model_dump() if settings.lora else None
+        if meta.get("adapter_of"):
+            return load_policy(self.base(meta["adapter_of"]), adapter=self.store.checkpoints.folder(key), **options)
+        return load_policy(self.base(key), lora=lora, seed=self.seed("adapter") % 2**32, **options)
+
+    def base(self, key: str) -> str | Path:
+        """Return the folder or name that a full checkpoint is loaded from."""
+        elsewhere = self.store.meta(key).get("checkpoint")
+        return elsewhere or self.store.checkpoints.folder(key)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Return what tells a checkpoint folder from another: a digest a file, of the ends alone where it is large."""
+    digests = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest, size = hashlib.sha256(), path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(file.read(1 << 24))
+            file.seek(max(0, size - (1 << 24)))
+            digest.update(file.read() + str(size).encode())
+        digests[str(path.relative_to(folder))] = digest.hexdigest()
+    return digests

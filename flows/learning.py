@@ -1,0 +1,105 @@
+"""The two steps that need a policy in hand: a segment of training, and the measurement of a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flows import steps as thin
+from flows.desk import Desk
+from pipeline.records import Prompts, Rollouts
+
+OPTIMIZER = "optimizer.safetensors"
+
+
+def run_segment(
+    desk: Desk, key: str, start: str, data: str, selection: str, evidence: Sequence[str], direction: np.ndarray | None, *,
+    sampler: str, first: int, steps: int, stage_start: int, total: int,
+) -> None:
+    """Train from ``start`` for ``steps`` optimizer steps and commit checkpoint, optimizer state, rollouts and metrics."""
+    from pipeline.training import Batches, Optimization, Reference, make_optimizer
+    from pipeline.training import train as steps_of
+
+    config, settings = desk.config, desk.config.train
+    table = desk.store.curricula.read(selection)
+    ranked = sorted((rank, uid) for rank, uid in zip(table["rank"], table["prompt_uid"], strict=True) if rank is not None)
+    pool = desk.prompts(data, "pool")
+    prompts = pool.take(pool.rows_of(uid for _, uid in ranked))
+    alpha, beta, _ = thin.beliefs(desk, evidence, prompts.prompt_uid)
+    optimization = Optimization(
+        total_steps=total, lr=settings.lr, betas=settings.betas, warmup=settings.warmup, final=settings.final,
+        clip_norm=settings.clip_norm, micro_rows=config.policy.micro_rows,
+    )
+    batches = Batches(
+        sampler=sampler, batch=settings.batch, rollouts=settings.rollouts, discount=config.beliefs.discount,
+        mu=config.insight.mu, eta=config.insight.eta, seed=desk.seed("batches", stage_start),
+    )
+    began = time.perf_counter()
+    policy, optimizer = desk.take(start)
+    optimizer = optimizer or make_optimizer(policy, optimization, _state(desk, start))
+    reference = None
+    if direction is not None and config.diem.strength > 0:
+        reference = Reference(direction, desk.projection(policy), config.diem.ridge, config.diem.strength)
+    desk.hold(key, policy, optimizer)  # under its new key: what it becomes as the steps are taken
+
+    def roll(batch: Prompts, step: int) -> Rollouts:
+        return thin.roll(desk, key, batch, rollouts=settings.rollouts, seed=desk.seed("rollouts", step), step=step + 1)
+
+    made = []
+    for step in steps_of(
+        policy, optimizer, prompts, (alpha, beta), roll, first=first, steps=steps, stage_start=stage_start,
+        optimization=optimization, batches=batches, reference=reference,
+    ):
+        made.append(step)
+        desk.advance(1)
+    _commit(desk, key, start, policy, optimizer, made, time.perf_counter() - began)
+
+
+def measure(desk: Desk, key: str, prompts: Prompts) -> dict[str, float]:
+    """Return greedy accuracy, and the exact expected reward where answers are unique."""
+    from pipeline.evaluation import exact_reward, greedy_accuracy
+    from pipeline.generation.transformers import TransformersGenerate
+
+    config, policy = desk.config, desk.load(key)
+    if config.evaluate.limit:
+        prompts = prompts.take(range(min(config.evaluate.limit, len(prompts))))
+    greedy = greedy_accuracy(
+        policy, prompts, TransformersGenerate(policy, batch_tokens=config.policy.batch_tokens), desk.verifiers.score,
+        max_new_tokens=config.evaluate.max_new_tokens or config.sampling.max_new_tokens, stop=config.sampling.stop, chat=config.policy.chat,
+    )
+    exact = {"expected_reward": float(exact_reward(policy, prompts, chat=config.policy.chat).mean())} if config.evaluate.exact else {}
+    return {"greedy_accuracy": greedy, **exact}
+
+
+def _commit(desk: Desk, key: str, start: str, policy: Any, optimizer: Any, made: list[Any], seconds: float) -> None:
+    from safetensors.torch import save_file
+
+    from pipeline.policy import save_policy
+    from pipeline.training import optimizer_state
+
+    rollouts = Rollouts.concat(step.rollouts for step in made)
+    batch = desk.store.key("rollouts", trained=key, completions=[list(map(int, c)) for c in rollouts.completion_ids])
+    desk.store.trajectories.write(batch, rollouts.columns(), {"policy": key, "split": "pool", "rollouts": len(rollouts)})
+    meta = {
+        "start": start, "rollouts_key": batch, "rollouts": len(rollouts), "seconds": seconds,
+        "metrics": [step.metrics for step in made], "weights": [step.weights for step in made],
+    }
+    if desk.config.policy.lora:
+        meta["adapter_of"] = desk.store.meta(start).get("adapter_of") or start
+    with tempfile.TemporaryDirectory() as folder:
+        save_policy(policy, Path(folder))
+        save_file(optimizer_state(policy, optimizer), Path(folder) / OPTIMIZER)
+        desk.store.checkpoints.write(key, Path(folder), meta)
+
+
+def _state(desk: Desk, key: str) -> dict[str, Any] | None:
+    from safetensors.torch import load_file
+
+    if OPTIMIZER not in desk.store.get(key).files:
+        return None
+    return load_file(desk.store.checkpoints.folder(key) / OPTIMIZER)

@@ -1,0 +1,66 @@
+"""A whole run: the run directory, its store, the seeds one after another, and what is left at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flows.config import Config, to_toml
+from flows.curriculum import Do, run_seed
+from flows.desk import Desk
+from flows.progress import Reporter
+
+Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
+
+def plain(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap nothing: the step as it is."""
+    return step
+
+
+@contextmanager
+def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk]:
+    """Open the run directory and everything that the steps need."""
+    import torch
+
+    from pipeline.rewards import VerifierPool
+    from stores import open_store
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.policy.threads:
+        torch.set_num_threads(config.policy.threads)
+    (folder / "config.toml").write_text(to_toml(config))
+    store = open_store(folder / "store", config.catalog or None)
+    with VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers:
+        yield Desk(config, folder, store, verifiers, reporter)
+
+
+def run(
+    config: Config, folder: Path, reporter: Reporter, *, seeds: Sequence[int] = (), wrap: Wrap = plain
+) -> dict[str, Any]:
+    """Run the loop for each seed, then summarize, export and report; returns the summary."""
+    from flows import facts, summary
+    from pipeline.report import render
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    done, shown = [], None
+    for number, seed in enumerate(seeds or [config.seed]):
+        with open_desk(config.model_copy(update={"seed": seed}), folder, reporter) as desk:
+            do = Do(desk, wrap)
+            data, arms, controls = run_seed(do)
+            done.append(summary.summarize(desk, data, arms, do.seconds))
+            summary.write_metrics(folder, desk, arms, append=number > 0)
+            if number == 0:
+                summary.export(desk, data, arms[0], controls)
+                shown = facts.gather(desk, data, arms[0], {})
+    whole = summary.combine(config, done)
+    summary.write_json(folder / "summary.json", whole)
+    assert shown is not None
+    page = render(shown | {"summary": whole})
+    temporary = folder / "report.tmp"
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, folder / "report.html")
+    return whole

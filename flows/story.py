@@ -1,0 +1,101 @@
+"""What a run says about itself as it goes: what was left out, what was selected and why, how good the policy is now."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flows.desk import Desk
+
+if TYPE_CHECKING:
+    from flows.curriculum import Arm, Stage
+
+
+def count_rollouts(desk: Desk, keys: Sequence[str]) -> int:
+    """Return how many rollouts the given shards hold."""
+    return sum(int(desk.store.meta(key)["rollouts"]) for key in keys)
+
+
+def tell_prompts(desk: Desk, data: str) -> None:
+    """Say how many prompts each set has."""
+    columns = desk.store.tables.read(data)
+    sizes = Counter(split for split, reason in zip(columns["split"], columns["reason"], strict=True) if not reason)
+    desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes.items()))
+
+
+def tell_cascade(desk: Desk, excluded: Mapping[str, str], left: int) -> None:
+    """Say what the free filters left out."""
+    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(excluded.values()).items())) or "none"
+    desk.reporter.line(f"  left out before any gradient: {counts}; {left} prompts get one")
+
+
+def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
+    """Return the number of prompts of each ability, largest first."""
+    columns = desk.store.tables.read(data)
+    ability = dict(zip(columns["prompt_uid"], columns["ability"], strict=True))
+    return dict(Counter(ability[uid] for uid in uids).most_common())
+
+
+def chosen(desk: Desk, selection: str) -> list[str]:
+    """Return the prompt_uids of a stage, best first."""
+    table = desk.store.curricula.read(selection)
+    return [u for _, u in sorted((r, u) for r, u in zip(table["rank"], table["prompt_uid"], strict=True) if r is not None)]
+
+
+def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
+    """Say how many were selected, by ability, by reason, and show the best aligned."""
+    table = desk.store.curricula.read(stage.selection)
+    picked = chosen(desk, stage.selection)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(table["reason"]).most_common())
+    desk.reporter.line(f"  selected {len(picked)} of {len(table['reason'])} prompts ({reasons})")
+    families = ", ".join(f"{name} {n}" for name, n in by_ability(desk, data, picked).items())
+    desk.reporter.line(f"  of which: {families}")
+    if stage.scores:
+        _tell_best(desk, data, table, picked[:3])
+
+
+def tell_level(desk: Desk, arm: Arm, stage: Stage) -> None:
+    """Say how good the policy is after a stage, beside where it started."""
+    start, now = (desk.store.meta(key)["sets"] for key in (arm.start_evaluation, stage.checkpoints[-1][2]))
+    facts = []
+    for split in now:
+        for name in now[split]:
+            facts.append(f"{split} {name.replace('_', ' ')} {start[split][name]:.3f} -> {now[split][name]:.3f}")
+    desk.reporter.line(f"  after {arm.rollouts} rollouts: " + "; ".join(facts))
+    metrics = [m for _, policy, _ in stage.checkpoints for m in desk.store.meta(policy)["metrics"] if "diem_deviation" in m]
+    if metrics:
+        desk.reporter.line("  " + _diem(metrics))
+
+
+def _diem(metrics: list[dict[str, Any]]) -> str:
+    if all(m["diem_identity"] for m in metrics):
+        return "DIEM: every weight is one; these steps are plain GRPO"
+    mean = {name: sum(m[f"diem_{name}"] for m in metrics) / len(metrics) for name in ("deviation", "effective_samples", "cosine_to_plain")}
+    clipped = sum(m["clipped"] for m in metrics)
+    return (
+        f"DIEM: largest |W - 1| {mean['deviation']:.2f}, effective prompts {mean['effective_samples']:.1f}, cosine to the plain "
+        f"step {mean['cosine_to_plain']:.2f}; the gradient was clipped in {clipped} of {len(metrics)} steps"
+    )
+
+
+def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]], uids: Sequence[str]) -> None:
+    pool = desk.prompts(data, "pool")
+    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
+    targets = [name for name in table if name.startswith("cosine_")]
+    lines = []
+    for uid in uids:
+        i, p = row[uid], pool.rows_of([uid])[0]
+        if table["score_influence"][i] is not None:
+            cosines = [f"{table[name][i]:+.2f}" for name in targets]
+            lines.append([_excerpt(pool.messages[p]), pool.ability[p], *cosines, f"{table['pass_rate'][i]:.2f}"])
+    names = [name.removeprefix("cosine_") for name in targets]
+    desk.reporter.table("  best aligned", ["prompt", "ability", *(f"cos {n}" for n in names), "pass rate"], lines)
+
+
+def _excerpt(messages: str, width: int = 40) -> str:
+    import json
+
+    text = " ".join(json.loads(messages)[-1]["content"].split())
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= width else clean[: width - 1] + "…"

@@ -128,7 +128,7 @@ def collate(
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Pad prompts on the left and completions on the right."""
-    width, tokens = max(map(len, prompt_ids)), max(map(len, completion_ids))
+    width, tokens = max(map(len, prompt_ids)), max(map(len, completion_ids), default=0)
     ids = torch.full((len(prompt_ids), width + tokens), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)
     for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
@@ -139,14 +139,18 @@ def collate(
     return Batch(ids.to(device), attention.to(device), attention[:, width:].bool().to(device))
 
 
+def positions(attention_mask: Int[Tensor, "rollouts length"]) -> Int[Tensor, "rollouts length"]:
+    """Return each token's position, counted from its own row's first real token."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def token_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> Float[Tensor, "rollouts tokens"]:
     """Return the log-probability of each completion token, 0 where the mask is False, in float32."""
     tokens = batch.mask.shape[1]
-    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        position_ids=positions,
+        position_ids=positions(batch.attention_mask),
         logits_to_keep=tokens + 1,
         use_cache=False,
     ).logits[:, :-1]

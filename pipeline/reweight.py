@@ -114,7 +114,7 @@ def diagnose(
         deviation=float(np.abs(used - 1).max(initial=0.0)),
         negatives=int((raw[active] <= 0).sum()),
         effective_samples=effective_sample_size(w),
-        cosine_to_plain=cosine,
+        cosine_to_plain=float(cosine),
         condition=condition,
         identity=bool(np.abs(used - 1).max(initial=0.0) < 1e-6),
     )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation import Group, Request, Sampling
-from pipeline.policy import Policy
+from pipeline.policy import Batch, Policy, collate, positions
 from pipeline.records import keyed_seed
 
 
@@ -57,15 +57,15 @@ class TransformersGenerate:
     @torch.inference_mode()
     def _batch(self, requests: list[Request], sampling: Sampling) -> Iterator[Group]:
         policy = self.policy
-        prompts = [list(r.prompt_ids) for r in requests for _ in range(r.n)]
-        width = max(map(len, prompts))
-        ids = torch.tensor([[policy.pad_id] * (width - len(p)) + p for p in prompts], device=policy.device)
-        attention = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+        counts = torch.tensor([r.n for r in requests], device=policy.device)
+        one = collate([r.prompt_ids for r in requests], [()] * len(requests), policy.pad_id, policy.device)
+        ids, attention = (x.repeat_interleave(counts, dim=0) for x in (one.input_ids, one.attention_mask))
         ends = end_tokens(policy.tokenizer, sampling.stop)
         draw = _Draw(requests, sampling, policy.device)
         output = policy.model.generate(
             input_ids=ids,
             attention_mask=attention,
+            past_key_values=self._shared_prefix(one, counts),
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # the logits processor draws: it leaves one finite score a row
             temperature=None,
@@ -74,7 +74,7 @@ class TransformersGenerate:
             logits_processor=[draw],
             eos_token_id=list(ends),
             pad_token_id=policy.pad_id,
-        )[:, width:].tolist()
+        )[:, ids.shape[1] :].tolist()
         logp = torch.stack(draw.logp, dim=1).cpu().numpy()
         row = 0
         for request in requests:
@@ -86,6 +86,21 @@ class TransformersGenerate:
                 finish_reason=[reason for _, reason in cut],
             )
             row += request.n
+
+
+    def _shared_prefix(self, one: Batch, counts: Tensor) -> Any:
+        """Return the cache of each prompt but its last token, computed once and repeated for its completions."""
+        if one.input_ids.shape[1] == 1:
+            return None
+        cache = self.policy.model(
+            input_ids=one.input_ids[:, :-1],
+            attention_mask=one.attention_mask[:, :-1],
+            position_ids=positions(one.attention_mask)[:, :-1],
+            logits_to_keep=1,
+            use_cache=True,
+        ).past_key_values
+        cache.batch_select_indices(torch.arange(len(counts), device=counts.device).repeat_interleave(counts))
+        return cache
 
 
 class _Draw:

@@ -202,7 +202,7 @@ def load_config(path: str | Path) -> Config:
     if not file.is_file():
         raise ConfigError(f"config {str(path)!r} is neither a file nor a recipe; recipes: {', '.join(recipes())}")
     try:
-        return Config.model_validate(tomllib.loads(file.read_text()))
+        return Config.model_validate(_beside(file.parent, tomllib.loads(file.read_text())))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: not TOML: {error}") from error
     except ValidationError as error:
@@ -219,6 +219,20 @@ def to_toml(config: Config) -> str:
     import tomli_w
 
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _beside(folder: Path, settings: Any) -> Any:
+    """Let each ``path`` that is not found from here, and is found beside the file, mean the one beside the file."""
+    if isinstance(settings, list):
+        return [_beside(folder, item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        name: str(folder / value)
+        if name == "path" and value and not Path(value).exists() and (folder / value).exists()
+        else _beside(folder, value)
+        for name, value in settings.items()
+    }
 
 
 def _explain(problem: Any) -> str:

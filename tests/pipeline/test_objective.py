@@ -1,0 +1,116 @@
+"""The coefficients of the objectives, against loops and against each other."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.advantages import EPSILON
+from pipeline.objective import OBJECTIVES, cropi, cropi_is, grpo, rft
+
+seeds = st.integers(0, 10**6)
+
+
+def batch(seed, drift=0.5):
+    rng = np.random.default_rng(seed)
+    owner = np.repeat([0, 1, 2], [4, 1, 3])
+    mask = np.arange(5) < rng.integers(1, 6, len(owner))[:, None]
+    old = -rng.exponential(1.0, mask.shape) * mask
+    new = old + drift * rng.standard_normal(mask.shape) * mask
+    rewards = rng.integers(0, 2, len(owner)).astype(float)
+    return new, old, mask, rewards, owner
+
+
+def test_cropi_by_hand():
+    """Two rollouts, one right: ratio times advantage over K and over the rollout's own length."""
+    new, old = np.log([[0.5, 0.4], [0.2, 1.0]]), np.log([[0.25, 0.4], [0.4, 1.0]])
+    mask = np.array([[True, True], [True, False]])
+    a = 0.5 / (np.sqrt(0.5) + EPSILON)
+    c = cropi(new, old, mask, np.array([1.0, 0.0]), np.array([0, 0]))
+    assert c == pytest.approx(np.array([[2.0 * a / 4, a / 4], [-0.5 * a / 2, 0.0]]))
+
+
+def test_cropi_is_by_hand():
+    """Sequence ratios 2 and 1/2 are self-normalised, and centre the rewards with their own weights."""
+    new, old = np.log([[0.5, 0.4], [0.2, 1.0]]), np.log([[0.25, 0.4], [0.4, 1.0]])
+    mask = np.array([[True, True], [True, False]])
+    c = cropi_is(new, old, mask, np.array([1.0, 0.0]), np.array([0, 0]))
+    a = np.array([0.2, -0.8]) / (0.4 + EPSILON)  # weighted mean 4/5, weighted deviation sqrt(4/25)
+    assert c == pytest.approx(np.array([[0.8 * a[0] / 2] * 2, [0.2 * a[1], 0.0]]))
+
+
+def test_rft_by_hand():
+    """Only rewarded rollouts count, each by the mean over its tokens."""
+    mask = np.array([[True, True], [True, True], [True, False]])
+    c = rft(np.zeros((3, 2)), np.zeros((3, 2)), mask, np.array([1.0, 0.0, 1.0]), np.zeros(3, int))
+    assert c.tolist() == [[0.25, 0.25], [0.0, 0.0], [0.5, 0.0]]
+
+
+def test_grpo_clips_on_the_losing_side_only():
+    """A token whose ratio already moved with its advantage beyond the clip has no coefficient; against it, it keeps it."""
+    ratio = np.array([[1.3, 0.7, 1.1], [1.3, 0.7, 0.9]])
+    args = (np.log(ratio), np.zeros((2, 3)), np.ones((2, 3), bool), np.array([1.0, 0.0]), np.zeros(2, int))
+    c = grpo(*args)
+    assert (c == 0).tolist() == [[True, False, False], [False, True, False]]
+    assert c[c != 0] == pytest.approx(cropi(*args)[c != 0])
+
+
+@given(seeds)
+def test_on_policy_grpo_is_cropi(seed):
+    """Where the sampler is the policy, no token is clipped and the two objectives are one."""
+    new, _, mask, rewards, owner = batch(seed)
+    assert np.array_equal(grpo(new, new, mask, rewards, owner), cropi(new, new, mask, rewards, owner))
+
+
+@given(seeds)
+def test_on_policy_cropi_is_differs_by_the_deviation_only(seed):
+    """On policy all weights are one, and the two CROPI forms differ by biased against unbiased deviation alone."""
+    new, _, mask, rewards, owner = batch(seed)
+    plain, weighted = cropi(new, new, mask, rewards, owner), cropi_is(new, new, mask, rewards, owner)
+    for group in np.unique(owner):
+        rows = owner == group
+        r = rewards[rows]
+        unbiased = r.std(ddof=1) if len(r) > 1 else 0.0
+        assert weighted[rows] * (r.std() + EPSILON) == pytest.approx(plain[rows] * (unbiased + EPSILON), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["cropi", "cropi_is", "grpo"])
+@given(seed=seeds)
+def test_a_group_that_agrees_has_no_gradient(name, seed):
+    """Where all rewards of a group are equal, every coefficient is zero."""
+    new, old, mask, _, owner = batch(seed)
+    assert not OBJECTIVES[name](new, old, mask, np.ones(len(owner)), owner).any()
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@given(seed=seeds)
+def test_padding_has_no_coefficient(name, seed):
+    """What stands where there is no token changes nothing and gets nothing."""
+    new, old, mask, rewards, owner = batch(seed)
+    c = OBJECTIVES[name](new, old, mask, rewards, owner)
+    assert not c[~mask].any()
+    noisy = np.where(mask, new, 1e3)
+    assert np.array_equal(OBJECTIVES[name](noisy, old, mask, rewards, owner), c)
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+@given(seed=seeds)
+def test_prompts_do_not_mix(name, seed):
+    """A prompt's coefficients are the same alone as among others."""
+    new, old, mask, rewards, owner = batch(seed)
+    whole = OBJECTIVES[name](new, old, mask, rewards, owner)
+    for group in np.unique(owner):
+        rows = owner == group
+        alone = OBJECTIVES[name](new[rows], old[rows], mask[rows], rewards[rows], owner[rows])
+        assert alone == pytest.approx(whole[rows])
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_a_rollout_without_tokens_has_no_coefficient(name):
+    """An empty completion divides by no length: its row is zero and the others are finite."""
+    new, old, mask, rewards, owner = batch(0)
+    mask[1] = False
+    rewards[:4] = [1.0, 0.0, 1.0, 0.0]
+    c = OBJECTIVES[name](new, old, mask, rewards, owner)
+    assert np.isfinite(c).all()
+    assert not c[1].any()

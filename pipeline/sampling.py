@@ -19,14 +19,25 @@ CANDIDATES = 16  # candidates a batch slot, the paper's main setting
 
 
 def shuffle(uids: Sequence[str], step: int, *, batch: int, seed: int) -> list[int]:
-    """Return the rows of batch ``step`` (from 0) of an endless walk through reshuffled epochs."""
-    rows: list[int] = []
-    position = step * batch
-    while len(rows) < batch:
-        epoch, offset = divmod(position + len(rows), len(uids))
-        order = np.argsort(uniform.score(uids, seed=keyed_seed("epoch", seed, epoch)), kind="stable")
-        rows += order[offset : offset + batch - len(rows)].tolist()
-    return rows
+    """Return the rows of batch ``step`` (from 0) of an endless walk through reshuffled epochs.
+
+    Where an epoch ends inside a batch, the next one begins with prompts that the batch does not hold yet.
+    """
+    batch = min(batch, len(uids))
+    epoch, offset = divmod(step * batch, len(uids))
+    rows = _epoch(uids, epoch, batch, seed)[offset : offset + batch]
+    missing = batch - len(rows)
+    return rows + (_epoch(uids, epoch + 1, batch, seed)[:missing] if missing else [])
+
+
+def _epoch(uids: Sequence[str], epoch: int, batch: int, seed: int) -> list[int]:
+    order: list[int] = np.argsort(uniform.score(uids, seed=keyed_seed("epoch", seed, epoch)), kind="stable").tolist()
+    missing = -epoch * len(uids) % batch  # places of the batch that the epoch before left unfinished
+    if missing == 0:
+        return order
+    held = set(_epoch(uids, epoch - 1, batch, seed)[missing - batch :])
+    first = [row for row in order if row not in held][:missing]
+    return list(dict.fromkeys(first + order))
 
 
 def best_of_candidates(

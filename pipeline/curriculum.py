@@ -83,12 +83,14 @@ def select_by_influence(
         floor: share of the budget that is drawn at random.
         seed: keys the floor, and breaks ties.
     """
-    fused = dict(zip(scored, fuse_ranks(cosines, budget).tolist(), strict=True))
-    ties = dict(zip(scored, uniform.score(scored, seed=keyed_seed("ties", seed)).tolist(), strict=True))
-    best = sorted((uid for uid in scored if fused[uid] > 0), key=lambda uid: (-fused[uid], ties[uid]))
-    best = best[: min(budget, len(uids)) - int(floor * budget)]
-    rest = _shuffled([uid for uid in uids if uid not in set(best)], keyed_seed("floor", seed))
-    drawn = rest[: min(budget, len(uids)) - len(best)]
+    order = np.argsort(uniform.score(scored, seed=keyed_seed("ties", seed)), kind="stable")  # equal cosines rank by row
+    fused = dict(zip([scored[i] for i in order], fuse_ranks(cosines[order], budget).tolist(), strict=True))
+    size = min(budget, len(uids))
+    best = sorted((uid for uid, value in fused.items() if value > 0), key=lambda uid: -fused[uid])
+    best = best[: size - int(floor * size)]
+    taken = set(best)
+    rest = _shuffled([uid for uid in uids if uid not in taken], keyed_seed("floor", seed))
+    drawn = rest[: size - len(best)]
     return _selection(uids, excluded, best + drawn, ["influence"] * len(best) + ["floor"] * len(drawn), fused)
 
 

@@ -47,7 +47,7 @@ class Policy(Section):
     lora: Lora | None = None
     threads: int = Field(0, ge=0)  # 0: torch's own choice
     batch_tokens: int = Field(16_384, ge=1)  # tokens that generation holds at once
-    micro_rows: int = Field(1024, ge=1)  # rollouts in one backward pass
+    micro_tokens: int = Field(16_384, ge=1)  # tokens in one backward pass
 
 
 class Prompts(Section):

@@ -33,7 +33,7 @@ def run_segment(
     alpha, beta, _ = thin.beliefs(desk, evidence, prompts.prompt_uid)
     optimization = Optimization(
         total_steps=total, lr=settings.lr, betas=settings.betas, warmup=settings.warmup, final=settings.final,
-        clip_norm=settings.clip_norm, micro_rows=config.policy.micro_rows,
+        clip_norm=settings.clip_norm, micro_tokens=config.policy.micro_tokens,
     )
     batches = Batches(
         sampler=sampler, batch=settings.batch, rollouts=settings.rollouts, discount=config.beliefs.discount,

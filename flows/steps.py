@@ -65,7 +65,7 @@ def featurize(desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[s
             keys.append(key)
             if not desk.store.done(key):
                 part = evidence.take([i for uid in shard for i in groups[uid]])
-                found, rows = sketch_gradients(loaded, part, settings.objective, projection, micro_rows=desk.config.policy.micro_rows)
+                found, rows = sketch_gradients(loaded, part, settings.objective, projection, micro_tokens=desk.config.policy.micro_tokens)
                 name = {"policy": policy, "projection": desk.store.key("projection", **projection.identity), "objective": settings.objective}
                 alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
                 desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], name)

@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.objective import OBJECTIVES
-from pipeline.policy import Policy, collate, token_logps
+from pipeline.packing import Row, pack, packed_logps, passes
+from pipeline.policy import Policy
 from pipeline.projection import SparseProjection
 from pipeline.records import Rollouts
 
@@ -67,16 +68,16 @@ def capture(model: nn.Module, sizes: Sequence[int], sink: Sink) -> Iterator[None
 
 
 def prompt_gradients(
-    policy: Policy, rollouts: Rollouts, objective: str, sink: Sink, *, micro_rows: int = 1024
+    policy: Policy, rollouts: Rollouts, objective: str, sink: Sink, *, micro_tokens: int = 65_536
 ) -> list[str]:
-    """Send each prompt's policy gradient to ``sink``; rows of all prompts of ``rollouts`` form one batch.
+    """Send each prompt's policy gradient to ``sink``; the prompts of ``rollouts`` form one batch.
 
     Args:
         policy: the policy at which the gradient is taken.
         rollouts: stored rollouts; the groups are their prompts, in order of first appearance.
         objective: name in ``pipeline.objective.OBJECTIVES``.
         sink: receives (prompts, *shape) gradients for each parameter, possibly in several parts.
-        micro_rows: most rollouts in one backward pass. Passes hold whole groups where a group fits; the parts of a
+        micro_tokens: most tokens in one backward pass. Passes hold whole groups where a group fits; the parts of a
             larger group keep the coefficients that they have in the whole group, and are added.
 
     Returns:
@@ -85,41 +86,23 @@ def prompt_gradients(
     Raises:
         FloatingPointError: a log-probability or coefficient is not finite; the message names the prompt.
     """
-    groups = rollouts.groups()
-    uids, rollouts = list(groups), rollouts.take([i for rows in groups.values() for i in rows])
-    sizes = np.array([len(rows) for rows in groups.values()])
-    owner = np.repeat(np.arange(len(uids)), sizes)
-    for chunk in _chunks(sizes, micro_rows):
-        passes = [slice(i, min(i + micro_rows, chunk.stop)) for i in range(chunk.start, chunk.stop, micro_rows)]
-        known = None if len(passes) == 1 else _logps_only(policy, rollouts, passes)
-        for rows in passes:
-            with capture(policy.model, np.bincount(owner[rows], minlength=len(uids)).tolist(), sink):
-                logp, mask = _logps(policy, rollouts, rows)
-                new = logp.detach().cpu().numpy() if known is None else known
-                weights = _coefficients(objective, new, rollouts.take(range(chunk.start, chunk.stop)), owner[chunk], uids)
-                weights = weights[rows.start - chunk.start : rows.stop - chunk.start, : mask.shape[1]]
-                (logp * torch.from_numpy(weights).to(logp)).sum().backward()
+    uids = list(rollouts.groups())
+    for parts in passes(pack(rollouts), micro_tokens):
+        _backward(policy, rollouts, objective, sink, parts, uids)
     return uids
 
 
 def sketch_gradients(
-    policy: Policy, rollouts: Rollouts, objective: str, projection: SparseProjection, *, micro_rows: int = 1024
+    policy: Policy, rollouts: Rollouts, objective: str, projection: SparseProjection, *, micro_tokens: int = 65_536
 ) -> tuple[list[str], Float[np.ndarray, "prompts dim"]]:
     """Return each prompt's projected gradient; no full gradient outlives its own parameter's turn."""
-    groups = rollouts.groups()
-    uids, sizes = list(groups), np.array([len(rows) for rows in groups.values()])
-    rollouts = rollouts.take([i for rows in groups.values() for i in rows])
-    parts = []
-    for chunk in _chunks(sizes, micro_rows):
-        part = rollouts.take(range(chunk.start, chunk.stop))
-        sketch = projection.zeros(len(part.groups()), policy.device)
-
-        def sink(name: str, grads: Tensor, sketch: Tensor = sketch) -> None:
-            projection.add(sketch, name, grads.flatten(1))
-
-        prompt_gradients(policy, part, objective, sink, micro_rows=micro_rows)
-        parts.append(sketch.cpu().numpy())
-    rows = np.concatenate(parts)
+    groups, sketches = rollouts.groups(), []
+    uids = list(groups)
+    for parts in passes(pack(rollouts), micro_tokens):
+        members = dict.fromkeys(uids[row.prompt] for rows in parts for row in rows)
+        part = rollouts.take([i for uid in members for i in groups[uid]])
+        sketches.append(_sketch(policy, part, objective, projection, micro_tokens))
+    rows = np.concatenate(sketches) if sketches else np.empty((0, projection.dim_out), np.float32)
     finite = np.isfinite(rows).all(axis=1)
     if not finite.all():
         bad = uids[int(np.flatnonzero(~finite)[0])]
@@ -193,31 +176,44 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _logps(policy: Policy, rollouts: Rollouts, rows: slice) -> tuple[Tensor, Tensor]:
-    temperatures = set(rollouts.temperature[rows])
-    if len(temperatures) != 1:
-        raise ValueError(f"rollouts were sampled at temperatures {sorted(temperatures)}; score them one at a time")
-    batch = collate(rollouts.prompt_ids[rows], rollouts.completion_ids[rows], policy.pad_id, policy.device)
-    return token_logps(policy.model, batch, temperature=temperatures.pop()), batch.mask
+def _backward(
+    policy: Policy, rollouts: Rollouts, objective: str, sink: Sink, parts: list[list[Row]], uids: list[str]
+) -> None:
+    """Run the backward passes of some whole groups; with several passes the coefficients are made beforehand."""
+    members = [i for rows in parts for row in rows for i in row.rollouts]
+    group = rollouts.take(members)
+    owner = np.array([row.prompt for rows in parts for row in rows for _ in row.rollouts])
+    weights = None if len(parts) == 1 else _coefficients(objective, _known(policy, rollouts, parts), group, owner, uids)
+    start = 0
+    for rows in parts:
+        sizes = np.bincount([row.prompt for row in rows], minlength=len(uids)).tolist()
+        with capture(policy.model, sizes, sink):
+            logp = packed_logps(policy, rollouts, rows)
+            if weights is None:
+                weights = _coefficients(objective, logp.detach().cpu().numpy(), group, owner, uids)
+            c = weights[start : start + len(logp), : logp.shape[1]]
+            (logp * torch.from_numpy(c).to(logp)).sum().backward()
+        start += len(logp)
 
 
-def _chunks(sizes: np.ndarray, micro_rows: int) -> Iterator[slice]:
-    """Yield the rows of as many whole groups as fit in one pass; a group that alone does not fit comes alone."""
-    ends = np.cumsum(sizes)
-    first = 0
-    while first < len(sizes):
-        start = int(ends[first] - sizes[first])
-        last = max(first + 1, int(np.searchsorted(ends, start + micro_rows, side="right")))
-        yield slice(start, int(ends[last - 1]))
-        first = last
-
-
-def _logps_only(policy: Policy, rollouts: Rollouts, passes: list[slice]) -> np.ndarray:
+def _known(policy: Policy, rollouts: Rollouts, parts: list[list[Row]]) -> np.ndarray:
     """Return the log-probabilities of a group that takes several passes, whose coefficients need all of them at once."""
     with torch.no_grad():
-        parts = [_logps(policy, rollouts, rows)[0].cpu().numpy() for rows in passes]
-    width = max(part.shape[1] for part in parts)
-    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in parts])
+        found = [packed_logps(policy, rollouts, rows).cpu().numpy() for rows in parts]
+    width = max(part.shape[1] for part in found)
+    return np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in found])
+
+
+def _sketch(
+    policy: Policy, rollouts: Rollouts, objective: str, projection: SparseProjection, micro_tokens: int
+) -> Float[np.ndarray, "prompts dim"]:
+    sketch = projection.zeros(len(rollouts.groups()), policy.device)
+
+    def sink(name: str, grads: Tensor) -> None:
+        projection.add(sketch, name, grads.flatten(1))
+
+    prompt_gradients(policy, rollouts, objective, sink, micro_tokens=micro_tokens)
+    return sketch.cpu().numpy()
 
 
 def _coefficients(

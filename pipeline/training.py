@@ -41,7 +41,7 @@ class Optimization:
         warmup: steps of linear warm-up.
         final: share of ``lr`` that is left at the end.
         clip_norm: largest gradient norm.
-        micro_rows: most rollouts in one backward pass.
+        micro_tokens: most tokens in one backward pass.
     """
 
     total_steps: int
@@ -50,7 +50,7 @@ class Optimization:
     warmup: int
     final: float
     clip_norm: float
-    micro_rows: int
+    micro_tokens: int
 
     def lr_at(self, step: int) -> float:
         """Return the step size of optimizer step ``step``, counted from 0."""
@@ -217,7 +217,7 @@ def _update(
     def keep(name: str, grads: Tensor) -> None:
         gradients[name] = gradients[name] + grads if name in gradients else grads
 
-    uids = prompt_gradients(policy, rollouts.take(live), "grpo", keep, micro_rows=optimization.micro_rows)
+    uids = prompt_gradients(policy, rollouts.take(live), "grpo", keep, micro_tokens=optimization.micro_tokens)
     used, diagnostics = _weights(gradients, reference)
     for name, parameter in policy.trainable().items():
         mixed = torch.tensordot(torch.from_numpy(used).to(gradients[name]), gradients[name], dims=1)

@@ -74,11 +74,13 @@ def test_batch_mates_order_and_padding_do_not_matter(policy, make_rollouts):
 
 
 @pytest.mark.parametrize("objective", ["cropi_is", "grpo"])
-@pytest.mark.parametrize("micro_rows", [1, 3, 5, 9])
-def test_small_passes_give_the_same_gradients(qwen3, make_rollouts, micro_rows, objective):
-    """Passes that hold less than a group, or some groups, add up to the single pass."""
+@pytest.mark.parametrize(("micro_tokens", "row_tokens"), [(1, 1), (30, 16), (60, 1), (40, 1024)])
+def test_small_passes_give_the_same_gradients(qwen3, make_rollouts, micro_tokens, row_tokens, objective, monkeypatch):
+    """Passes that hold less than a group, or some groups, add up to the single pass, however rows are packed."""
     rollouts = make_rollouts(qwen3, drift=0.4)
-    assert_equal(collect(qwen3, rollouts, objective, micro_rows=micro_rows), collect(qwen3, rollouts, objective))
+    whole = collect(qwen3, rollouts, objective)
+    monkeypatch.setattr("pipeline.packing.ROW_TOKENS", row_tokens)
+    assert_equal(collect(qwen3, rollouts, objective, micro_tokens=micro_tokens), whole)
 
 
 def test_sketches_are_projected_gradients(policy, make_rollouts):
@@ -90,8 +92,8 @@ def test_sketches_are_projected_gradients(policy, make_rollouts):
     flat = torch.stack([torch.cat([loop[uid][name].flatten() for name in projection.layout]) for uid in uids])
     scale = np.abs(sketch).max()
     assert sketch / scale == pytest.approx(projection(flat).numpy() / scale, abs=1e-4)
-    for micro_rows in (3, 6):
-        assert sketch_gradients(policy, rollouts, "cropi_is", projection, micro_rows=micro_rows)[1] / scale == pytest.approx(
+    for micro_tokens in (30, 60):
+        assert sketch_gradients(policy, rollouts, "cropi_is", projection, micro_tokens=micro_tokens)[1] / scale == pytest.approx(
             sketch / scale, abs=1e-4
         )
 

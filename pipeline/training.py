@@ -188,12 +188,9 @@ def _choose(prompts: Prompts, alpha: np.ndarray, beta: np.ndarray, step: int, ba
     )
 
 
-def _counts(rollouts: Rollouts) -> dict[str, tuple[int, int]]:
+def _counts(rollouts: Rollouts) -> dict[str, tuple[int, ...]]:
     return {
-        uid: (
-            sum(rollouts.verdict[i] == "correct" for i in rows),
-            sum(rollouts.verdict[i] == "incorrect" for i in rows),
-        )
+        uid: tuple(sum(rollouts.verdict[i] == verdict for i in rows) for verdict in ("correct", "incorrect"))
         for uid, rows in rollouts.groups().items()
     }
 

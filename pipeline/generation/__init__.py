@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,6 +69,7 @@ class Group:
     finish_reason: list[str]
 
 
+@runtime_checkable
 class Generate(Protocol):
     """Anything that completes requests under a sampling distribution, yielding each group as it finishes."""
 

@@ -1,5 +1,7 @@
 """Offline, one thread, shapes checked; small random policies, and rollouts for them."""
 
+# ruff: noqa: E402  the environment and the shape checks must be set before the code under test is imported
+
 import os
 from pathlib import Path
 
@@ -23,12 +25,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from pipeline.embedded.warm_start import character_tokenizer, untrained_policy
 from pipeline.policy import Policy, collate, token_logps
 from pipeline.records import Prompts, Rollouts, canonical, prompt_uid
 
 torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -89,9 +89,7 @@ def objective_by_loop(name: str, new: list[np.ndarray], rollouts: Rollouts, rows
         w = np.array([min(5.0, float(np.prod(x))) for x in ratio])
         mean = (w * r).sum() / w.sum()
         spread = math.sqrt((w * (r - mean) ** 2).sum() / w.sum())
-        return [
-            np.full(len(x), w[k] / w.sum() * (r[k] - mean) / (spread + 1e-4) / len(x)) for k, x in enumerate(ratio)
-        ]
+        return [np.full(len(x), w[k] / w.sum() * (r[k] - mean) / (spread + 1e-4) / len(x)) for k, x in enumerate(ratio)]
     advantage = (r - r.mean()) / (r.std(ddof=1) + 1e-4)
     c = [x * a / len(x) / len(rows) for x, a in zip(ratio, advantage, strict=True)]
     if name == "grpo":
@@ -105,7 +103,8 @@ def gradients_by_loop(policy: Policy, rollouts: Rollouts, objective: str) -> dic
     out = {}
     for uid, rows in rollouts.groups().items():
         logp = [
-            logps_of_one(policy, rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.temperature[i]) for i in rows
+            logps_of_one(policy, rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.temperature[i])
+            for i in rows
         ]
         c = objective_by_loop(objective, [x.detach().double().numpy() for x in logp], rollouts, rows)
         total = sum((torch.from_numpy(ck).float() * x).sum() for ck, x in zip(c, logp, strict=True))

@@ -28,7 +28,7 @@ def scored(size, seed, levels=5):
 
 @given(sizes, st.integers(0, 99), st.integers(0, 40), shares)
 def test_every_prompt_has_one_reason(size, seed, budget, floor):
-    """Each prompt of the pool has one known code; those selected are the chosen ones, without repeats, within budget."""
+    """Each prompt of the pool has one known code; those selected are the chosen ones, once each, within budget."""
     uids, excluded, some, cosines = scored(size, seed)
     told = select_by_influence(uids, excluded, some, cosines, budget=budget, floor=floor, seed=seed)
     assert set(told.reason) == set(uids)

@@ -93,9 +93,9 @@ def test_sketches_are_projected_gradients(policy, make_rollouts):
     scale = np.abs(sketch).max()
     assert sketch / scale == pytest.approx(projection(flat).numpy() / scale, abs=1e-4)
     for micro_tokens in (30, 60):
-        assert sketch_gradients(policy, rollouts, "cropi_is", projection, micro_tokens=micro_tokens)[1] / scale == pytest.approx(
-            sketch / scale, abs=1e-4
-        )
+        assert sketch_gradients(policy, rollouts, "cropi_is", projection, micro_tokens=micro_tokens)[
+            1
+        ] / scale == pytest.approx(sketch / scale, abs=1e-4)
 
 
 def test_prompts_that_agree_have_no_gradient(llama, make_rollouts):

@@ -47,7 +47,7 @@ def test_rft_by_hand():
 
 
 def test_grpo_clips_on_the_losing_side_only():
-    """A token whose ratio already moved with its advantage beyond the clip has no coefficient; against it, it keeps it."""
+    """A ratio that left the clip along with its advantage has no coefficient; one that left against it keeps it."""
     ratio = np.array([[1.3, 0.7, 1.1], [1.3, 0.7, 0.9]])
     args = (np.log(ratio), np.zeros((2, 3)), np.ones((2, 3), bool), np.array([1.0, 0.0]), np.zeros(2, int))
     c = grpo(*args)

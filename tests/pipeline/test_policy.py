@@ -59,14 +59,17 @@ def test_a_new_adapter_is_drawn_from_its_seed(llama, tmp_path):
     """The same seed draws the same adapter, another seed another one."""
     save_policy(llama, tmp_path)
     lora = {"rank": 2, "alpha": 4, "targets": ["q_proj"]}
-    a, b, c = (torch.cat([p.flatten() for p in load_policy(tmp_path, lora=lora, seed=s).trainable().values()]) for s in (1, 1, 2))
+    a, b, c = (
+        torch.cat([p.flatten() for p in load_policy(tmp_path, lora=lora, seed=s).trainable().values()])
+        for s in (1, 1, 2)
+    )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     """A name that no cache knows, and a folder that is no checkpoint, are named with the remedy."""
-    with pytest.raises(FileNotFoundError, match="no/such-policy.*is not there"):
+    with pytest.raises(FileNotFoundError, match=r"no/such-policy.*is not there"):
         load_policy("no/such-policy")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_policy(tmp_path)

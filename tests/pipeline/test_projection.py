@@ -28,7 +28,9 @@ def test_projection_is_its_dense_matrix(keep, dim_out):
     """The sketch is the product with a matrix built coordinate by coordinate from the hash's definition."""
     rows = draw(5)
     sketch = SparseProjection(DIM, dim_out, keep=keep, seed=7, layout=LAYOUT)(rows)
-    assert sketch.numpy() == pytest.approx(rows.double().numpy() @ dense_projection(LAYOUT, dim_out, keep=keep, seed=7), abs=1e-5)
+    assert sketch.numpy() == pytest.approx(
+        rows.double().numpy() @ dense_projection(LAYOUT, dim_out, keep=keep, seed=7), abs=1e-5
+    )
     assert sketch.dtype == torch.float32
 
 

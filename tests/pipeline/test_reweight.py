@@ -63,7 +63,7 @@ def test_prompts_without_gradient_stand_aside(seed, ridge):
 
 @given(seeds, sizes)
 def test_duplicates_share_a_weight(seed, prompts):
-    """A prompt that is twice in the batch makes no weight explode: its copies are equal, the update's direction kept."""
+    """Copies of a prompt get equal, finite weights, and the update keeps the direction that it has without them."""
     G, reference = gradients(seed, prompts), gradients(seed + 1, 1)[0]
     double = np.concatenate([G, G[:1]])
     W = diem_weights(double @ double.T, double @ reference, clip=False)
@@ -81,7 +81,7 @@ def test_the_ridge_tends_to_importance_weights():
 
 
 def test_weights_by_hand():
-    """Orthogonal gradients: weights follow importance over squared length, the opposed one is cut, the length restored."""
+    """Orthogonal gradients: importance over squared length, the opposed one cut, the length restored."""
     P, importance = np.diag([1.0, 4.0, 1.0]), np.array([2.0, 4.0, -3.0])
     # v = (2, 1, -3) -> (2, 1, 0); v P v = 8; C = 6
     assert diem_weights(P, importance) == pytest.approx(np.array([2.0, 1.0, 0.0]) * np.sqrt(6 / 8))
@@ -117,7 +117,7 @@ def test_temper_by_hand():
 
 
 def test_diagnosis_by_hand():
-    """What one step's weights did is told in numbers that a hand can check; a prompt without gradient is not counted."""
+    """What the weights did, in numbers that a hand can check; a prompt without gradient is not counted."""
     gram, raw, used = np.diag([1.0, 4.0, 0.0]), np.array([2.0, 0.0, 1.0]), np.array([1.5, 0.5, 1.0])
     told = diagnose(gram, raw, used, ridge=0.2)
     assert told.deviation == 0.5

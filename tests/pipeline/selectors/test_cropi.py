@@ -10,7 +10,9 @@ from pipeline.selectors import cropi
 def test_score_by_hand():
     """Aligned, opposed and orthogonal gradients score one, minus one and zero, whatever their length."""
     features = np.array([[2.0, 0.0], [-0.1, 0.0], [0.0, 9.0], [3.0, 3.0]])
-    assert cropi.score(features, np.array([[5.0, 0.0]]))[:, 0] == pytest.approx([1.0, -1.0, 0.0, np.sqrt(0.5)], abs=1e-6)
+    assert cropi.score(features, np.array([[5.0, 0.0]]))[:, 0] == pytest.approx(
+        [1.0, -1.0, 0.0, np.sqrt(0.5)], abs=1e-6
+    )
 
 
 def test_score_is_the_cosine():

@@ -44,7 +44,9 @@ def test_a_settled_prompt_scores_lowest():
     assert score.argmax() == 1
 
 
-@pytest.mark.parametrize(("mu", "eta", "message"), [(3.0, 3.0, "mu = 3.0"), (-0.1, 3.0, "mu"), (0.3, -1.0, "eta = -1.0")])
+@pytest.mark.parametrize(
+    ("mu", "eta", "message"), [(3.0, 3.0, "mu = 3.0"), (-0.1, 3.0, "mu"), (0.3, -1.0, "eta = -1.0")]
+)
 def test_settings_without_meaning_are_refused(mu, eta, message):
     """The appendix's mu = 3.0 is refused, and so is a negative eta."""
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Which prompts make a batch."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,20 +15,19 @@ def best(uids, alpha, beta, step=0, *, batch=4, seed=0):
     return best_of_candidates(uids, alpha, beta, step, batch=batch, rollouts=8, seed=seed, mu=0.3, eta=3.0)
 
 
-@given(pools, st.integers(1, 25), st.integers(0, 3))
-def test_an_epoch_visits_every_prompt_once(uids, batch, seed):
-    """Batch after batch, each run of as many places as there are prompts visits each prompt once."""
-    size = min(batch, len(uids))
-    walk = [row for step in range(3 * len(uids)) for row in shuffle(uids, step, batch=size, seed=seed)]
-    for epoch in range(3):
-        assert sorted(walk[epoch * len(uids) : (epoch + 1) * len(uids)]) == list(range(len(uids)))
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_epoch_visits_every_prompt_once(size, seed):
+    """Each run of as many places as there are prompts visits each prompt once, whatever the batch.
 
-
-@given(pools, st.integers(1, 20), st.integers(0, 40), st.integers(0, 3))
-def test_no_batch_holds_a_prompt_twice(uids, batch, step, seed):
-    """Also where an epoch ends inside a batch, the batch is full and its prompts differ."""
-    rows = shuffle(uids, step, batch=min(batch, len(uids)), seed=seed)
-    assert len(set(rows)) == len(rows) == min(batch, len(uids))
+    No batch holds a prompt twice, also where an epoch ends inside it.
+    """
+    uids = [f"prompt-{i}" for i in range(size)]
+    for batch in range(1, size + 1):
+        batches = [shuffle(uids, step, batch=batch, seed=seed) for step in range(4 * size)]
+        assert all(len(set(rows)) == len(rows) == batch for rows in batches)
+        walk = sum(batches, [])
+        assert all(sorted(walk[i * size : (i + 1) * size]) == list(range(size)) for i in range(len(walk) // size))
 
 
 @given(pools, st.randoms(), st.integers(0, 5), st.integers(0, 3))

@@ -96,9 +96,10 @@ def plain_step(policy, optimizer, rollouts, lr):
             loss = loss - float(a) * token_logps(policy.model, batch).mean() / len(rows) / len(groups)
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0))
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
+    return norm
 
 
 @pytest.mark.parametrize("micro_tokens", [1024, 20])
@@ -159,11 +160,7 @@ def test_a_prompt_without_signal_counts_in_the_mean(llama, prompts):
     (step,), _ = run(llama, prompts, steps=1, roll=roll)
     assert step.metrics["signal"] == pytest.approx(2 / 3)
     optimizer = torch.optim.AdamW(plain.model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-    plain_step(plain, optimizer, step.rollouts, 1e-4)
-    grads = [p.grad for p in plain.model.parameters()]
-    assert step.metrics["gradient_norm"] * min(1.0, 1.0 / step.metrics["gradient_norm"]) == pytest.approx(
-        float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-4
-    )
+    assert step.metrics["gradient_norm"] == pytest.approx(plain_step(plain, optimizer, step.rollouts, 1e-4), rel=1e-4)
 
 
 def test_a_restored_optimizer_goes_on_as_if_never_stopped(llama, prompts):

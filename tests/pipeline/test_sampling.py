@@ -26,7 +26,7 @@ def test_an_epoch_visits_every_prompt_once(size, seed):
     for batch in range(1, size + 1):
         batches = [shuffle(uids, step, batch=batch, seed=seed) for step in range(4 * size)]
         assert all(len(set(rows)) == len(rows) == batch for rows in batches)
-        walk = sum(batches, [])
+        walk = [row for rows in batches for row in rows]
         assert all(sorted(walk[i * size : (i + 1) * size]) == list(range(size)) for i in range(len(walk) // size))
 
 

@@ -1,4 +1,7 @@
-"""The command line. Data on standard output, progress on standard error; 0 ok, 1 failed, 2 usage, 3 verification failed."""
+"""The command line: data on standard output, progress on standard error.
+
+Exit codes: 0 ok, 1 failed, 2 usage, 3 verification failed.
+"""
 
 from __future__ import annotations
 

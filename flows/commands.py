@@ -55,10 +55,9 @@ def _tell(reporter: Reporter, summary: dict[str, Any]) -> None:
     rows = []
     for arm, sets in summary["final"].items():
         one = summary["runs"][0]["arms"][arm]
-        values = [_value(v) for metrics in sets.values() for v in metrics.values()]
-        rows.append([arm, str(one["steps"]), str(one["rollouts"]), *values])
-    names = [f"{split} {name.replace('_', ' ')}" for split, m in summary["final"]["curriculum"].items() for name in m]
-    reporter.table("at the end", ["run", "steps", "rollouts", *names], rows)
+        rows.append([arm, str(one["steps"]), f"{one['rollouts']:,}", *(_value(v) for v in sets["test"].values())])
+    names = [name.replace("_", " ") for name in summary["final"]["curriculum"]["test"]]
+    reporter.table("on the test set, at the end", ["run", "steps", "rollouts", *names], rows)
     for pair, kinds in summary["paired_differences"].items():
         facts = [f"{name.replace('_', ' ')} {_value(v, sign='+')}" for name, v in kinds["final"]["test"].items()]
         reporter.line(f"{pair}, test: " + ", ".join(facts))
@@ -81,7 +80,9 @@ def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: 
     if not 0 <= number < len(config.train.stages):
         raise ValueError(f"--stage {number}: this run has stages 0 to {len(config.train.stages) - 1}")
     if number < first:
-        raise ValueError(f"--stage {number}: with evidence.source = 'first_stage', stage 0 is a shuffle and has no {step}")
+        raise ValueError(
+            f"--stage {number}: with evidence.source = 'first_stage', stage 0 is a shuffle and has no {step}"
+        )
     with open_desk(config, folder, reporter) as desk:
         do = Do(desk, plain, until=(step, number))
         try:
@@ -98,7 +99,9 @@ def _import(config: Config, folder: Path, reporter: Reporter) -> Result:
     from flows.story import count_rollouts
 
     if config.evidence.source != "import":
-        raise ValueError(f"evidence.source = {config.evidence.source!r}: set it to 'import', and evidence.path to the file")
+        raise ValueError(
+            f"evidence.source = {config.evidence.source!r}: set it to 'import', and evidence.path to the file"
+        )
     with open_desk(config, folder, reporter) as desk:
         do = Do(desk, plain)
         keys = do("import_rollouts", do("prompts", do("start_policy")))

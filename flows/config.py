@@ -1,7 +1,7 @@
 """One TOML a run, read into frozen settings.
 
-An unknown key, a value of the wrong kind, or a combination without meaning fails when the file is read, with the key, the
-value and the remedy. The resolved settings are stored with the run.
+An unknown key, a value of the wrong kind, or a combination without meaning fails when the file is read, with the key,
+the value and the remedy. The resolved settings are stored with the run.
 """
 
 from __future__ import annotations
@@ -116,14 +116,20 @@ class Select(Section):
 
 
 class Insight(Section):
-    """``[insight]``: the weight of difficulty, in the prior and inside a stage."""
+    """``[insight]``: the weight of difficulty, in the prior and inside a stage; candidates a batch slot, inside one."""
 
     mu: float = Field(0.3, ge=0, le=1)
     eta: float = Field(3.0, ge=0)
+    candidates: int = Field(16, ge=1)
+
+    @property
+    def weight(self) -> dict[str, float]:
+        """The arguments of w(m)."""
+        return {"mu": self.mu, "eta": self.eta}
 
 
 class Diem(Section):
-    """``[diem]``: per-step weights against the validation gradient at the stage's start; ``strength`` 0 is plain GRPO."""
+    """``[diem]``: weights against the validation gradient at the stage's start; ``strength`` 0 is plain GRPO."""
 
     strength: float = Field(0.25, ge=0, le=1)
     ridge: float = Field(0.1, ge=0)
@@ -178,7 +184,7 @@ class Config(Section):
             raise ValueError("prompts needs pool, at least one validation set, and test: give each a list of sources")
         if self.prompts.source == "embedded" and self.policy.checkpoint != "embedded":
             raise ValueError(
-                f"prompts.source = 'embedded' goes with policy.checkpoint = 'embedded', not {self.policy.checkpoint!r}: "
+                f"prompts.source = 'embedded' needs policy.checkpoint = 'embedded', not {self.policy.checkpoint!r}: "
                 "its wrong labels are that policy's own mistakes"
             )
         if (self.evidence.source == "import") != bool(self.evidence.path):

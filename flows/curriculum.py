@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from flows import prepare, steps, story
+from flows import evidence, prepare, steps, story
 from flows.desk import Desk
 
 STEPS: dict[str, Callable[..., Any]] = {
@@ -29,7 +29,7 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Reached(Exception):  # noqa: N818  not an error: the step that was asked for is done
+class Reached(Exception):
     """Ends the loop after the step that a single command asked for; carries its key."""
 
     def __init__(self, key: Any) -> None:
@@ -47,7 +47,10 @@ class Do:
     """
 
     def __init__(
-        self, desk: Desk, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]], until: tuple[str, int] | None = None
+        self,
+        desk: Desk,
+        wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+        until: tuple[str, int] | None = None,
     ) -> None:
         self.desk, self.until, self.stage = desk, until, 0
         self.seconds: dict[str, float] = {}
@@ -116,7 +119,7 @@ def _begin(do: Do, name: str, data: str, start: str) -> Arm:
 
 
 def _splits(do: Do) -> list[str]:
-    splits = dict.fromkeys(do.desk.store.tables.read(do.desk.data)["split"])
+    splits = dict.fromkeys(do.desk.table(do.desk.data)["split"])
     return [split for split in splits if split != "pool"]
 
 
@@ -140,9 +143,13 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
         else:
             desk.reporter.line("  no stored rollouts yet: this stage trains on a shuffle, and is the collection")
             budget = min(length * config.train.batch, len(desk.prompts(data, "pool")))
-            stage = Stage(number, do("shuffle", data, [], number, budget=budget, seed=desk.seed("shuffle", number)), length)
+            stage = Stage(
+                number, do("shuffle", data, [], number, budget=budget, seed=desk.seed("shuffle", number)), length
+            )
         story.tell_selection(desk, data, stage)
-        policy = _train(do, arm, stage, data, policy, sum(config.train.stages), config.train.sampler if stage.scores else "shuffle")
+        policy = _train(
+            do, arm, stage, data, policy, sum(config.train.stages), config.train.sampler if stage.scores else "shuffle"
+        )
         stage.seconds = {name: s - before.get(name, 0.0) for name, s in do.seconds.items() if s > before.get(name, 0.0)}
     return arm
 
@@ -156,7 +163,7 @@ def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) 
         stage.rollouts_select += story.count_rollouts(desk, fresh)
         uids = desk.prompts(data, split).prompt_uid
         stage.targets[split] = (do("featurize", policy, uids, fresh, split), len(uids))
-    excluded = steps.cascade(desk, data, arm.evidence)
+    excluded = evidence.cascade(desk, data, arm.evidence)
     wanted = [uid for uid in desk.prompts(data, "pool").prompt_uid if uid not in excluded]
     story.tell_cascade(desk, excluded, len(wanted))
     features = do("featurize", policy, wanted, arm.evidence, "pool")
@@ -172,8 +179,17 @@ def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, s
         for first in range(begin, begin + stage.steps, every):
             count = min(every, begin + stage.steps - first)
             policy = do(
-                "train", policy, data, stage.selection, list(arm.evidence), targets=stage.targets or None, sampler=sampler,
-                first=first, steps=count, stage_start=begin, total=total,
+                "train",
+                policy,
+                data,
+                stage.selection,
+                list(arm.evidence),
+                targets=stage.targets or None,
+                sampler=sampler,
+                first=first,
+                steps=count,
+                stage_start=begin,
+                total=total,
             )
             meta = desk.store.meta(policy)
             arm.evidence.append(meta["rollouts_key"])
@@ -193,7 +209,7 @@ def _control_selection(do: Do, data: str, stage: Stage) -> str:
 
 
 def _control(do: Do, data: str, start: str, selections: list[str]) -> Arm:
-    do.desk.reporter.heading("control: random subsets of equal size, equal steps, plain GRPO")
+    do.desk.reporter.heading("control: random subsets of equal size, equal steps")
     arm, policy, lengths = _begin(do, "control", data, start), start, do.desk.config.train.stages
     for number, (selection, length) in enumerate(zip(selections, lengths, strict=True)):
         policy = _train(do, arm, Stage(number, selection, length), data, policy, sum(lengths), "shuffle")
@@ -204,7 +220,7 @@ def _random(do: Do, data: str, start: str, rollouts: int) -> Arm:
     """Train on a plain shuffle of the pool for as many rollouts as the curriculum spent, selection included."""
     train = do.desk.config.train
     length = math.ceil(rollouts / (train.batch * train.rollouts))
-    do.desk.reporter.heading(f"random: a shuffle of the pool, {length} steps, as many rollouts in all as the curriculum")
+    do.desk.reporter.heading(f"random: {length} steps on a shuffle, as many rollouts in all")
     arm = _begin(do, "random", data, start)
     size = len(do.desk.prompts(data, "pool"))
     selection = do("shuffle", data, [], 0, budget=size, seed=do.desk.seed("shuffle", 0))

@@ -34,6 +34,8 @@ class Desk:
         self.verifiers, self.reporter = verifiers, reporter
         self.data = ""  # key of the run's prompts, once they are read
         self.advance: Advance = lambda n: None  # of the bar that is on show
+        self._prompts: dict[tuple[str, str], Prompts] = {}
+        self._tables: dict[str, dict[str, list[Any]]] = {}
         self._held: tuple[str, Policy, Any] | None = None
         self._projection: SparseProjection | None = None  # its tables are worth keeping from stage to stage
 
@@ -72,13 +74,22 @@ class Desk:
         """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""
         from pipeline.records import Prompts
 
-        columns = self.store.tables.read(data)
-        rows = [i for i, (s, r) in enumerate(zip(columns["split"], columns["reason"], strict=True)) if s == split and not r]
-        return Prompts.of(columns).take(rows)
+        if (data, split) not in self._prompts:
+            columns = self.table(data)
+            pairs = zip(columns["split"], columns["reason"], strict=True)
+            rows = [i for i, (name, reason) in enumerate(pairs) if name == split and not reason]
+            self._prompts[data, split] = Prompts.of(columns).take(rows)
+        return self._prompts[data, split]
+
+    def table(self, data: str) -> dict[str, list[Any]]:
+        """Return the columns of every prompt that was read, ``split`` and ``reason`` among them."""
+        if data not in self._tables:
+            self._tables[data] = self.store.tables.read(data)
+        return self._tables[data]
 
     def excluded(self, data: str) -> dict[str, str]:
         """Return the reason of each prompt of the pool that was left out when it was read."""
-        columns = self.store.tables.read(data)
+        columns = self.table(data)
         rows = zip(columns["prompt_uid"], columns["split"], columns["reason"], strict=True)
         return {uid: reason for uid, split, reason in rows if split == "pool" and reason}
 
@@ -86,7 +97,7 @@ class Desk:
         from pipeline.policy import load_policy
 
         settings, meta = self.config.policy, self.store.meta(key)
-        options = {"dtype": settings.dtype, "device": settings.device, "attention": settings.attention}
+        options: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "attention": settings.attention}
         lora = settings.lora.model_dump() if settings.lora else None
         if meta.get("adapter_of"):
             return load_policy(self.base(meta["adapter_of"]), adapter=self.store.checkpoints.folder(key), **options)

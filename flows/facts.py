@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from flows import steps, story
+from flows import evidence, story
 from flows.config import to_toml
 from flows.curriculum import Arm, Stage
 from flows.desk import Desk
@@ -38,12 +38,14 @@ def gather(desk: Desk, data: str, curriculum: Arm, summary: dict[str, Any]) -> d
 
 def _evidence_before(desk: Desk, arm: Arm, first: Stage) -> list[str]:
     """Return the shards that were stored before the first stage that was scored."""
-    later = {desk.store.meta(p)["rollouts_key"] for s in arm.stages if s.number >= first.number for _, p, _ in s.checkpoints}
+    later = {
+        desk.store.meta(p)["rollouts_key"] for s in arm.stages if s.number >= first.number for _, p, _ in s.checkpoints
+    }
     return [key for key in arm.evidence if key not in later]
 
 
-def _belief(desk: Desk, evidence: Sequence[str], uids: Sequence[str], label: str) -> dict[str, Any]:
-    alpha, beta, history = steps.beliefs(desk, evidence, uids)
+def _belief(desk: Desk, keys: Sequence[str], uids: Sequence[str], label: str) -> dict[str, Any]:
+    alpha, beta, history = evidence.beliefs(desk, keys, uids)
     counts = [sum(s + f for s, f in history.get(uid, ())) for uid in uids]
     return {"label": label, "mean": (alpha / (alpha + beta)).tolist(), "n_obs": counts}
 
@@ -64,10 +66,12 @@ def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _examples(desk: Desk, data: str, arm: Arm, table: dict[str, list[Any]], rows: Sequence[int]) -> list[dict[str, Any]]:
+def _examples(
+    desk: Desk, data: str, arm: Arm, table: dict[str, list[Any]], rows: Sequence[int]
+) -> list[dict[str, Any]]:
     pool = desk.prompts(data, "pool")
     uids = [table["prompt_uid"][i] for i in rows]
-    stored = steps.read_rollouts_of(desk, arm.evidence, uids)
+    stored = evidence.read_rollouts_of(desk, arm.evidence, uids)
     text = dict(zip(stored.prompt_uid, stored.text, strict=True))
     return [
         {
@@ -95,7 +99,10 @@ def _diem(desk: Desk, data: str, stage: Stage) -> dict[str, Any] | None:
         for step, facts in zip(meta["weights"], meta["metrics"], strict=True):
             for uid, w in step.items() if "diem_deviation" in facts else ():
                 weights.setdefault(ability[uid], []).append(w)
-    mean = {name: sum(m[name] for m in metrics) / len(metrics) for name in ("diem_effective_samples", "diem_cosine_to_plain", "clipped")}
+    mean = {
+        name: sum(m[name] for m in metrics) / len(metrics)
+        for name in ("diem_effective_samples", "diem_cosine_to_plain", "clipped")
+    }
     return {
         "stage": stage.number,
         "weights": weights,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flows import steps as thin
+from flows import evidence as stored
 from flows.desk import Desk
 from pipeline.records import Prompts, Rollouts
 
@@ -18,26 +18,50 @@ OPTIMIZER = "optimizer.safetensors"
 
 
 def run_segment(
-    desk: Desk, key: str, start: str, data: str, selection: str, evidence: Sequence[str], direction: np.ndarray | None, *,
-    sampler: str, first: int, steps: int, stage_start: int, total: int,
+    desk: Desk,
+    key: str,
+    start: str,
+    data: str,
+    selection: str,
+    evidence: Sequence[str],
+    direction: np.ndarray | None,
+    *,
+    sampler: str,
+    first: int,
+    steps: int,
+    stage_start: int,
+    total: int,
 ) -> None:
-    """Train from ``start`` for ``steps`` optimizer steps and commit checkpoint, optimizer state, rollouts and metrics."""
+    """Train from ``start`` for ``steps`` optimizer steps; commit checkpoint, optimizer state, rollouts and metrics."""
     from pipeline.training import Batches, Optimization, Reference, make_optimizer
     from pipeline.training import train as steps_of
 
     config, settings = desk.config, desk.config.train
     table = desk.store.curricula.read(selection)
-    ranked = sorted((rank, uid) for rank, uid in zip(table["rank"], table["prompt_uid"], strict=True) if rank is not None)
+    ranked = sorted(
+        (rank, uid) for rank, uid in zip(table["rank"], table["prompt_uid"], strict=True) if rank is not None
+    )
     pool = desk.prompts(data, "pool")
     prompts = pool.take(pool.rows_of(uid for _, uid in ranked))
-    alpha, beta, _ = thin.beliefs(desk, evidence, prompts.prompt_uid)
+    alpha, beta, _ = stored.beliefs(desk, evidence, prompts.prompt_uid)
     optimization = Optimization(
-        total_steps=total, lr=settings.lr, betas=settings.betas, warmup=settings.warmup, final=settings.final,
-        clip_norm=settings.clip_norm, micro_tokens=config.policy.micro_tokens,
+        total_steps=total,
+        lr=settings.lr,
+        betas=settings.betas,
+        warmup=settings.warmup,
+        final=settings.final,
+        clip_norm=settings.clip_norm,
+        micro_tokens=config.policy.micro_tokens,
     )
     batches = Batches(
-        sampler=sampler, batch=settings.batch, rollouts=settings.rollouts, discount=config.beliefs.discount,
-        mu=config.insight.mu, eta=config.insight.eta, seed=desk.seed("batches", stage_start),
+        sampler=sampler,
+        batch=settings.batch,
+        rollouts=settings.rollouts,
+        discount=config.beliefs.discount,
+        mu=config.insight.mu,
+        eta=config.insight.eta,
+        candidates=config.insight.candidates,
+        seed=desk.seed("batches", stage_start),
     )
     began = time.perf_counter()
     policy, optimizer = desk.take(start)
@@ -48,12 +72,23 @@ def run_segment(
     desk.hold(key, policy, optimizer)  # under its new key: what it becomes as the steps are taken
 
     def roll(batch: Prompts, step: int) -> Rollouts:
-        return thin.roll(desk, key, batch, rollouts=settings.rollouts, seed=desk.seed("rollouts", step), step=step + 1)
+        return stored.roll(
+            desk, key, batch, rollouts=settings.rollouts, seed=desk.seed("rollouts", step), step=step + 1
+        )
 
     made = []
     for step in steps_of(
-        policy, optimizer, prompts, (alpha, beta), roll, first=first, steps=steps, stage_start=stage_start,
-        optimization=optimization, batches=batches, reference=reference,
+        policy,
+        optimizer,
+        prompts,
+        (alpha, beta),
+        roll,
+        first=first,
+        steps=steps,
+        stage_start=stage_start,
+        optimization=optimization,
+        batches=batches,
+        reference=reference,
     ):
         made.append(step)
         desk.advance(1)
@@ -69,10 +104,19 @@ def measure(desk: Desk, key: str, prompts: Prompts) -> dict[str, float]:
     if config.evaluate.limit:
         prompts = prompts.take(range(min(config.evaluate.limit, len(prompts))))
     greedy = greedy_accuracy(
-        policy, prompts, TransformersGenerate(policy, batch_tokens=config.policy.batch_tokens), desk.verifiers.score,
-        max_new_tokens=config.evaluate.max_new_tokens or config.sampling.max_new_tokens, stop=config.sampling.stop, chat=config.policy.chat,
+        policy,
+        prompts,
+        TransformersGenerate(policy, batch_tokens=config.policy.batch_tokens),
+        desk.verifiers.score,
+        max_new_tokens=config.evaluate.max_new_tokens or config.sampling.max_new_tokens,
+        stop=config.sampling.stop,
+        chat=config.policy.chat,
     )
-    exact = {"expected_reward": float(exact_reward(policy, prompts, chat=config.policy.chat).mean())} if config.evaluate.exact else {}
+    exact = (
+        {"expected_reward": float(exact_reward(policy, prompts, chat=config.policy.chat).mean())}
+        if config.evaluate.exact
+        else {}
+    )
     return {"greedy_accuracy": greedy, **exact}
 
 
@@ -84,10 +128,16 @@ def _commit(desk: Desk, key: str, start: str, policy: Any, optimizer: Any, made:
 
     rollouts = Rollouts.concat(step.rollouts for step in made)
     batch = desk.store.key("rollouts", trained=key, completions=[list(map(int, c)) for c in rollouts.completion_ids])
-    desk.store.trajectories.write(batch, rollouts.columns(), {"policy": key, "split": "pool", "rollouts": len(rollouts)})
+    desk.store.trajectories.write(
+        batch, rollouts.columns(), {"policy": key, "split": "pool", "rollouts": len(rollouts)}
+    )
     meta = {
-        "start": start, "rollouts_key": batch, "rollouts": len(rollouts), "seconds": seconds,
-        "metrics": [step.metrics for step in made], "weights": [step.weights for step in made],
+        "start": start,
+        "rollouts_key": batch,
+        "rollouts": len(rollouts),
+        "seconds": seconds,
+        "metrics": [step.metrics for step in made],
+        "weights": [step.weights for step in made],
     }
     if desk.config.policy.lora:
         meta["adapter_of"] = desk.store.meta(start).get("adapter_of") or start

@@ -1,7 +1,7 @@
 """The loop as a Prefect flow: each step a task, so that a person can watch it. The door to ``prefect``.
 
-Prefect schedules and shows; it never records. Tasks are not cached and keep no result, because the stores decide what is
-done already. Telemetry is off, and its files stay in the run directory.
+Prefect schedules and shows; it never records. Tasks are not cached and keep no result, because the stores decide what
+is done already. Telemetry is off, and its files stay in the run directory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_as_flow(config: Config, folder: Path, reporter: Reporter, *, seeds: Sequ
         def call(*args: Any, **kwargs: Any) -> Any:
             return step(*args, **kwargs)
 
-        return task(call, name=name, cache_policy=NO_CACHE, persist_result=False)
+        return task(name=name, cache_policy=NO_CACHE, persist_result=False)(call)
 
     @flow(name="curriculum", flow_run_name=config.name, persist_result=False, validate_parameters=False)
     def curriculum() -> dict[str, Any]:

@@ -38,7 +38,9 @@ def prompts(desk: Desk, policy: str) -> str:
     columns = _checked(desk, policy, sources)
     key = desk.store.key("prompts", columns=columns)
     if not desk.store.done(key):
-        desk.store.tables.write(key, "prompts", columns, {"splits": {name: len(list(many)) for name, many in sources.items()}})
+        desk.store.tables.write(
+            key, "prompts", columns, {"splits": {name: len(list(many)) for name, many in sources.items()}}
+        )
     return key
 
 
@@ -130,7 +132,9 @@ def _checked(desk: Desk, policy: str, sources: dict[str, list[dict[str, Any]]]) 
         desk.reporter.line(f"  {repeats} row(s) of the pool repeat another row exactly; each prompt is kept once")
     reasons = _decide(desk, settings.bad_gold, "rejected by their own verifier (bad_gold)", wrong)
     reasons |= _decide(desk, settings.too_long, "longer than the context allows (too_long)", long)
-    reasons |= _decide(desk, settings.contaminated, "of the pool also in a validation or test set (contaminated)", contaminated)
+    reasons |= _decide(
+        desk, settings.contaminated, "of the pool also in a validation or test set (contaminated)", contaminated
+    )
     reasons |= _decide(desk, settings.duplicates, "of the pool with the text of another (duplicates)", duplicate)
     everything = Prompts.concat(sets.values())
     splits = [split for split, part in sets.items() for _ in range(len(part))]
@@ -144,7 +148,8 @@ def _checked(desk: Desk, policy: str, sources: dict[str, list[dict[str, Any]]]) 
 def _decide(desk: Desk, rule: str, what: str, found: dict[str, str]) -> dict[str, str]:
     if found and rule == "refuse":
         raise ValueError(
-            f"{len(found)} prompt(s) are {what}, first {next(iter(found))}: mend them, or set that key of [prompts] to 'drop'"
+            f"{len(found)} prompt(s) are {what}, first {next(iter(found))}: mend them, or set that key of "
+            "[prompts] to 'drop'"
         )
     if found:
         desk.reporter.line(f"  left out {len(found)} prompt(s) {what}")

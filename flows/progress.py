@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: headings, facts, and bars with the time that is left. The door to ``rich``.
 
-On a terminal a bar moves; elsewhere it becomes a line every few seconds, so that a log stays readable. Text that came from
-a model or a data set is never taken for markup.
+On a terminal a bar moves; elsewhere it becomes a line every few seconds, so that a log stays readable. Text that came
+from a model or a data set is never taken for markup.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One thin step per arrow of the loop: compute the key, return it if it is there, call the maths, write, return the key.
+"""One thin step per arrow of the loop: compute the key, return it if it is there, else compute, write and return it.
 
-Steps hand each other keys, never tensors. A key is a digest of all that the result depends on, so a step that was finished
-by a run that was killed is found again, whoever asks.
+Steps hand each other keys, never tensors. A key is a digest of all that the result depends on, so a step that was
+finished by a run that was killed is found again, whoever asks.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from flows.config import Config
+from flows import evidence
 from flows.desk import Desk
-from pipeline.records import Prompts, Rollouts
+from pipeline.records import Rollouts
 
 
 def collect(desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int) -> list[str]:
@@ -22,17 +22,27 @@ def collect(desk: Desk, policy: str, data: str, split: str, *, rollouts: int, se
     with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
         for start in range(0, len(prompts), size):
             shard = prompts.take(range(start, min(start + size, len(prompts))))
-            identity = {"prompts": shard.prompt_uid, "verifiers": shard.verifier, "sampling": desk.config.sampling.model_dump()}
-            keys.append(desk.store.key("rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.config.policy.chat, **identity))
+            identity = {
+                "prompts": shard.prompt_uid,
+                "verifiers": shard.verifier,
+                "sampling": desk.config.sampling.model_dump(),
+            }
+            keys.append(
+                desk.store.key(
+                    "rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.config.policy.chat, **identity
+                )
+            )
             if not desk.store.done(keys[-1]):
-                made = roll(desk, policy, shard, rollouts=rollouts, seed=seed, step=0)
-                desk.store.trajectories.write(keys[-1], made.columns(), {"policy": policy, "split": split, "rollouts": len(made)})
+                made = evidence.roll(desk, policy, shard, rollouts=rollouts, seed=seed, step=0)
+                desk.store.trajectories.write(
+                    keys[-1], made.columns(), {"policy": policy, "split": split, "rollouts": len(made)}
+                )
             advance(len(shard))
     return keys
 
 
 def import_rollouts(desk: Desk, data: str) -> list[str]:
-    """Bring in rollouts made elsewhere, joined to the pool by prompt_uid; what does not match is counted, not guessed."""
+    """Bring in rollouts made elsewhere, joined to the pool by prompt_uid; what does not match is counted."""
     from pathlib import Path
 
     from pipeline.rollouts import match
@@ -40,56 +50,63 @@ def import_rollouts(desk: Desk, data: str) -> list[str]:
 
     rollouts = Rollouts.of(read_rollouts(Path(desk.config.evidence.path)))
     matched = match(rollouts, desk.prompts(data, "pool"))
-    desk.reporter.line(f"  imported {len(matched)} of {len(rollouts)} rollouts; the others belong to no prompt of the pool")
-    key = desk.store.key("rollouts", imported=matched.prompt_uid, completions=[list(map(int, c)) for c in matched.completion_ids])
+    desk.reporter.line(
+        f"  imported {len(matched)} of {len(rollouts)} rollouts; the others belong to no prompt of the pool"
+    )
+    key = desk.store.key(
+        "rollouts", imported=matched.prompt_uid, completions=[list(map(int, c)) for c in matched.completion_ids]
+    )
     if not desk.store.done(key):
-        desk.store.trajectories.write(key, matched.columns(), {"policy": "imported", "split": "pool", "rollouts": len(matched)})
+        desk.store.trajectories.write(
+            key, matched.columns(), {"policy": "imported", "split": "pool", "rollouts": len(matched)}
+        )
     return [key]
 
 
 def featurize(desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str) -> list[str]:
-    """Project the policy gradient of each prompt at ``policy`` over its latest rollouts; one FAISS generation a shard."""
+    """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
     from pipeline.gradients import sketch_gradients
 
     settings, size, keys = desk.config.features, desk.config.evidence.shard, []
-    evidence = read_rollouts_of(desk, rollouts, uids)
-    groups, loaded = evidence.groups(), desk.load(policy)
+    stored = evidence.read_rollouts_of(desk, rollouts, uids)
+    groups, loaded = stored.groups(), desk.load(policy)
     projection = desk.projection(loaded)
     with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
         for start in range(0, len(groups), size):
             shard = list(groups)[start : start + size]
             key = desk.store.key(
-                "gradients", policy=policy, projection=projection.identity, objective=settings.objective, prompts=shard,
-                rollouts=list(rollouts), recent=desk.config.evidence.recent,
+                "gradients",
+                policy=policy,
+                projection=projection.identity,
+                objective=settings.objective,
+                prompts=shard,
+                rollouts=list(rollouts),
+                recent=desk.config.evidence.recent,
             )
             keys.append(key)
             if not desk.store.done(key):
-                part = evidence.take([i for uid in shard for i in groups[uid]])
-                found, rows = sketch_gradients(loaded, part, settings.objective, projection, micro_tokens=desk.config.policy.micro_tokens)
-                name = {"policy": policy, "projection": desk.store.key("projection", **projection.identity), "objective": settings.objective}
+                part = stored.take([i for uid in shard for i in groups[uid]])
+                found, rows = sketch_gradients(
+                    loaded, part, settings.objective, projection, micro_tokens=desk.config.policy.micro_tokens
+                )
+                name = {
+                    "policy": policy,
+                    "projection": desk.store.key("projection", **projection.identity),
+                    "objective": settings.objective,
+                }
                 alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
                 desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], name)
             advance(len(shard))
     return keys
 
 
-def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> dict[str, str]:
-    """Return the reason of each prompt of the pool that is not worth a gradient; costs no model call."""
-    from pipeline.advantages import has_signal
-    from pipeline.curriculum import candidates
-
-    uids = desk.prompts(data, "pool").prompt_uid
-    stored = read_rollouts_of(desk, rollouts, uids)
-    signal = {uid: has_signal(np.array([stored.reward[i] for i in rows])) for uid, rows in stored.groups().items()}
-    alpha, beta, _ = beliefs(desk, rollouts, uids)
-    return candidates(uids, alpha, beta, signal, share=desk.config.select.candidates, **desk.config.insight.model_dump())
-
-
 def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:
     """Compare each prompt's gradient with the mean gradient of each validation set, given as (generations, size)."""
-    key = desk.store.key("scores", pool=list(pool), targets={name: [list(keys), size] for name, (keys, size) in targets.items()})
+    key = desk.store.key(
+        "scores", pool=list(pool), targets={name: [list(keys), size] for name, (keys, size) in targets.items()}
+    )
     if not desk.store.done(key):
-        queries = np.stack([mean_target(desk, *target) for target in targets.values()])
+        queries = np.stack([evidence.mean_target(desk, *target) for target in targets.values()])
         found = [desk.store.gradients.search(generation, queries) for generation in pool]
         cosines = np.concatenate([part for _, part in found])
         columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
@@ -103,14 +120,32 @@ def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str
     from pipeline.curriculum import select_by_influence
 
     settings, seed = desk.config.select, desk.seed("select", stage)
-    key = desk.store.key("selection", data=data, scores=scores, excluded=sorted(excluded.items()), stage=stage, seed=seed, **settings.model_dump())
+    key = desk.store.key(
+        "selection",
+        data=data,
+        scores=scores,
+        excluded=sorted(excluded.items()),
+        stage=stage,
+        seed=seed,
+        **settings.model_dump(),
+    )
     if not desk.store.done(key):
         table, pool = desk.store.tables.read(scores), desk.prompts(data, "pool").prompt_uid
         names = [name for name in table if name.startswith("cosine_")]
         cosines = np.array([table[name] for name in names]).T
         budget = max(1, int(settings.share * len(pool)))
-        chosen = select_by_influence(pool, excluded, table["prompt_uid"], cosines, budget=budget, floor=settings.floor, seed=seed)
-        write_selection(desk, key, data, rollouts, chosen, stage, {name: dict(zip(table["prompt_uid"], table[name], strict=True)) for name in names})
+        chosen = select_by_influence(
+            pool, excluded, table["prompt_uid"], cosines, budget=budget, floor=settings.floor, seed=seed
+        )
+        evidence.write_selection(
+            desk,
+            key,
+            data,
+            rollouts,
+            chosen,
+            stage,
+            {name: dict(zip(table["prompt_uid"], table[name], strict=True)) for name in names},
+        )
     return key
 
 
@@ -121,27 +156,64 @@ def shuffle(desk: Desk, data: str, rollouts: Sequence[str], stage: int, *, budge
     key = desk.store.key("selection", data=data, rollouts=list(rollouts), budget=budget, stage=stage, seed=seed)
     if not desk.store.done(key):
         chosen = select_at_random(desk.prompts(data, "pool").prompt_uid, budget=budget, seed=seed)
-        write_selection(desk, key, data, rollouts, chosen, stage, {})
+        evidence.write_selection(desk, key, data, rollouts, chosen, stage, {})
     return key
 
 
 def train(
-    desk: Desk, policy: str, data: str, selection: str, rollouts: Sequence[str], *,
-    targets: Mapping[str, tuple[Sequence[str], int]] | None, sampler: str, first: int, steps: int, stage_start: int, total: int,
+    desk: Desk,
+    policy: str,
+    data: str,
+    selection: str,
+    rollouts: Sequence[str],
+    *,
+    targets: Mapping[str, tuple[Sequence[str], int]] | None,
+    sampler: str,
+    first: int,
+    steps: int,
+    stage_start: int,
+    total: int,
 ) -> str:
     """Take ``steps`` optimizer steps on a stage and store checkpoint, optimizer state, rollouts and metrics."""
     from flows.learning import run_segment
 
     config = desk.config
     key = desk.store.key(
-        "policy", start=policy, selection=selection, rollouts=list(rollouts), sampler=sampler, first=first, steps=steps, stage_start=stage_start,
-        total=total, seed=config.seed, train=config.train.model_dump(), sampling=config.sampling.model_dump(), beliefs=config.beliefs.model_dump(),
-        insight=config.insight.model_dump(), diem=config.diem.model_dump() if targets else {},
+        "policy",
+        start=policy,
+        selection=selection,
+        rollouts=list(rollouts),
+        sampler=sampler,
+        first=first,
+        steps=steps,
+        stage_start=stage_start,
+        total=total,
+        seed=config.seed,
+        train=config.train.model_dump(),
+        sampling=config.sampling.model_dump(),
+        beliefs=config.beliefs.model_dump(),
+        insight=config.insight.model_dump(),
+        diem=config.diem.model_dump() if targets else {},
         targets={name: [list(keys), size] for name, (keys, size) in targets.items()} if targets else {},
     )
     if not desk.store.done(key):
-        direction = np.mean([mean_target(desk, *target) for target in targets.values()], axis=0) if targets else None
-        run_segment(desk, key, policy, data, selection, rollouts, direction, sampler=sampler, first=first, steps=steps, stage_start=stage_start, total=total)
+        direction = (
+            np.mean([evidence.mean_target(desk, *target) for target in targets.values()], axis=0) if targets else None
+        )
+        run_segment(
+            desk,
+            key,
+            policy,
+            data,
+            selection,
+            rollouts,
+            direction,
+            sampler=sampler,
+            first=first,
+            steps=steps,
+            stage_start=stage_start,
+            total=total,
+        )
     return key
 
 
@@ -152,67 +224,7 @@ def evaluate(desk: Desk, policy: str, data: str, splits: Sequence[str]) -> str:
     settings = desk.config.evaluate
     key = desk.store.key("evaluation", policy=policy, data=data, splits=list(splits), **settings.model_dump())
     if not desk.store.done(key):
-        desk.store.record(key, "evaluation", {"sets": {split: measure(desk, policy, desk.prompts(data, split)) for split in splits}})
+        desk.store.record(
+            key, "evaluation", {"sets": {split: measure(desk, policy, desk.prompts(data, split)) for split in splits}}
+        )
     return key
-
-
-def roll(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int, step: int) -> Rollouts:
-    """Sample and score one group a prompt from the policy of a key, or the one being trained from it."""
-    from pipeline.generation import Sampling
-    from pipeline.generation.transformers import TransformersGenerate
-    from pipeline.rollouts import collect as sample
-
-    loaded = desk.load(policy)
-    groups = sample(
-        prompts, TransformersGenerate(loaded, batch_tokens=desk.config.policy.batch_tokens), desk.verifiers.score, loaded.tokenizer,
-        rollouts=rollouts, sampling=Sampling(**desk.config.sampling.model_dump()), seed=seed, policy=policy, step=step, chat=desk.config.policy.chat,
-    )
-    return Rollouts.concat(groups)
-
-
-def read_rollouts_of(desk: Desk, rollouts: Sequence[str], uids: Sequence[str]) -> Rollouts:
-    """Return the latest stored rollouts of some prompts, at most ``evidence.recent`` each, oldest first."""
-    stored = Rollouts.of(desk.store.trajectories.read(rollouts))
-    groups = stored.groups()
-    return stored.take([i for uid in uids for i in groups.get(uid, [])[-desk.config.evidence.recent :]])
-
-
-def mean_target(desk: Desk, generations: Sequence[str], size: int) -> np.ndarray:
-    """Return the mean gradient of a validation set of ``size`` prompts from the store."""
-    from pipeline.influence import mean_gradient
-
-    parts = [desk.store.gradients.read(key) for key in generations]
-    return mean_gradient(np.concatenate([rows for _, rows, _ in parts]), np.concatenate([norms for _, _, norms in parts]), size=size)
-
-
-def beliefs(desk: Desk, rollouts: Sequence[str], uids: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[str, list[tuple[int, int]]]]:
-    """Return alpha and beta of each prompt from the ledger of the given rollouts, and the ledger itself."""
-    from pipeline.beliefs import from_history
-
-    settings, history = desk.config.beliefs, desk.store.beliefs.history(rollouts)
-    informative = 0 if desk.config.evidence.source == "first_stage" else 1
-    alpha, beta = from_history(
-        uids, history, discount=settings.discount, prior=settings.prior, strength=settings.strength, informative=informative
-    )
-    return alpha, beta, history
-
-
-def write_selection(desk: Desk, key: str, data: str, rollouts: Sequence[str], chosen: Any, stage: int, cosines: Mapping[str, Mapping[str, float]]) -> None:
-    """Store a stage with all that is known of each prompt of the pool at the moment of selection."""
-    from pipeline.selectors import insight
-
-    out = desk.excluded(data)
-    uids = [*desk.prompts(data, "pool").prompt_uid, *out]
-    alpha, beta, history = beliefs(desk, rollouts, uids)
-    value = insight.score(alpha, beta, rollouts=desk.config.train.rollouts, **desk.config.insight.model_dump())
-    rank = {uid: i for i, uid in enumerate(chosen.chosen)}
-    drawn = dict(zip(chosen.chosen, chosen.drawn, strict=True))
-    seen = {uid: (sum(s for s, _ in visits), sum(s + f for s, f in visits)) for uid, visits in history.items()}
-    rates = [(s / n if n else None, n) for s, n in (seen.get(uid, (0, 0)) for uid in uids)]
-    columns = {
-        "prompt_uid": uids, "stage": [stage] * len(uids), "reason": [chosen.reason.get(uid) or out[uid] for uid in uids],
-        "rank": [rank.get(uid) for uid in uids], "drawn": [drawn.get(uid) for uid in uids],
-        "score_influence": [chosen.fused.get(uid) for uid in uids], "score_wmi": value.tolist(),
-        "pass_rate": [rate for rate, _ in rates], "n_obs": [n for _, n in rates], "alpha": alpha.tolist(), "beta": beta.tolist(),
-    } | {name: [column.get(uid) for uid in uids] for name, column in cosines.items()}
-    desk.store.curricula.write(key, columns, {"data": data, "stage": stage, "size": len(chosen.chosen)})

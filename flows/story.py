@@ -19,7 +19,7 @@ def count_rollouts(desk: Desk, keys: Sequence[str]) -> int:
 
 def tell_prompts(desk: Desk, data: str) -> None:
     """Say how many prompts each set has."""
-    columns = desk.store.tables.read(data)
+    columns = desk.table(data)
     sizes = Counter(split for split, reason in zip(columns["split"], columns["reason"], strict=True) if not reason)
     desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes.items()))
 
@@ -32,7 +32,7 @@ def tell_cascade(desk: Desk, excluded: Mapping[str, str], left: int) -> None:
 
 def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
     """Return the number of prompts of each ability, largest first."""
-    columns = desk.store.tables.read(data)
+    columns = desk.table(data)
     ability = dict(zip(columns["prompt_uid"], columns["ability"], strict=True))
     return dict(Counter(ability[uid] for uid in uids).most_common())
 
@@ -40,7 +40,9 @@ def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
 def chosen(desk: Desk, selection: str) -> list[str]:
     """Return the prompt_uids of a stage, best first."""
     table = desk.store.curricula.read(selection)
-    return [u for _, u in sorted((r, u) for r, u in zip(table["rank"], table["prompt_uid"], strict=True) if r is not None)]
+    return [
+        u for _, u in sorted((r, u) for r, u in zip(table["rank"], table["prompt_uid"], strict=True) if r is not None)
+    ]
 
 
 def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
@@ -58,12 +60,13 @@ def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
 def tell_level(desk: Desk, arm: Arm, stage: Stage) -> None:
     """Say how good the policy is after a stage, beside where it started."""
     start, now = (desk.store.meta(key)["sets"] for key in (arm.start_evaluation, stage.checkpoints[-1][2]))
-    facts = []
-    for split in now:
-        for name in now[split]:
-            facts.append(f"{split} {name.replace('_', ' ')} {start[split][name]:.3f} -> {now[split][name]:.3f}")
-    desk.reporter.line(f"  after {arm.rollouts} rollouts: " + "; ".join(facts))
-    metrics = [m for _, policy, _ in stage.checkpoints for m in desk.store.meta(policy)["metrics"] if "diem_deviation" in m]
+    desk.reporter.line(f"  after {arm.rollouts:,} rollouts")
+    for split, level in now.items():
+        facts = [f"{name.replace('_', ' ')} {start[split][name]:.3f} -> {value:.3f}" for name, value in level.items()]
+        desk.reporter.line(f"    {split}: " + ", ".join(facts))
+    metrics = [
+        m for _, policy, _ in stage.checkpoints for m in desk.store.meta(policy)["metrics"] if "diem_deviation" in m
+    ]
     if metrics:
         desk.reporter.line("  " + _diem(metrics))
 
@@ -71,11 +74,14 @@ def tell_level(desk: Desk, arm: Arm, stage: Stage) -> None:
 def _diem(metrics: list[dict[str, Any]]) -> str:
     if all(m["diem_identity"] for m in metrics):
         return "DIEM: every weight is one; these steps are plain GRPO"
-    mean = {name: sum(m[f"diem_{name}"] for m in metrics) / len(metrics) for name in ("deviation", "effective_samples", "cosine_to_plain")}
+    mean = {
+        name: sum(m[f"diem_{name}"] for m in metrics) / len(metrics)
+        for name in ("deviation", "effective_samples", "cosine_to_plain")
+    }
     clipped = sum(m["clipped"] for m in metrics)
     return (
-        f"DIEM: largest |W - 1| {mean['deviation']:.2f}, effective prompts {mean['effective_samples']:.1f}, cosine to the plain "
-        f"step {mean['cosine_to_plain']:.2f}; the gradient was clipped in {clipped} of {len(metrics)} steps"
+        f"DIEM: largest |W - 1| {mean['deviation']:.2f}, effective prompts {mean['effective_samples']:.1f}, cosine to "
+        f"the plain step {mean['cosine_to_plain']:.2f}; the gradient was clipped in {clipped} of {len(metrics)} steps"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run comes to: ``summary.json``, ``metrics.jsonl``, the exported dataset and the report, all read back from the stores."""
+"""What a run comes to, read back from the stores: ``summary.json``, ``metrics.jsonl`` and the exported dataset."""
 
 from __future__ import annotations
 
@@ -35,7 +35,11 @@ def combine(config: Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     late = {arm: _table(seeds, lambda s, arm=arm: s["arms"][arm]["late"], interval) for arm in arms}
     paired = {
         f"curriculum - {arm}": {
-            kind: _table(seeds, lambda s, arm=arm, kind=kind: _minus(s["arms"]["curriculum"][kind], s["arms"][arm][kind]), interval)
+            kind: _table(
+                seeds,
+                lambda s, arm=arm, kind=kind: _minus(s["arms"]["curriculum"][kind], s["arms"][arm][kind]),
+                interval,
+            )
             for kind in ("final", "late")
         }
         for arm in arms
@@ -68,7 +72,11 @@ def write_metrics(folder: Path, desk: Desk, arms: Sequence[Arm], *, append: bool
             for step, policy, evaluation in stage.checkpoints:
                 where = {"seed": desk.config.seed, "arm": arm.name, "stage": stage.number}
                 lines += [json.dumps(where | m, sort_keys=True) for m in desk.store.meta(policy)["metrics"]]
-                lines.append(json.dumps(where | {"step": step, "evaluation": desk.store.meta(evaluation)["sets"]}, sort_keys=True))
+                lines.append(
+                    json.dumps(
+                        where | {"step": step, "evaluation": desk.store.meta(evaluation)["sets"]}, sort_keys=True
+                    )
+                )
     with (folder / "metrics.jsonl").open("a" if append else "w") as file:
         file.write("".join(line + "\n" for line in lines))
 
@@ -163,8 +171,14 @@ def _manifest(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:
         "seed": desk.config.seed,
         "prompts": data,
         "start_policy": arm.start,
-        "settings": {name: settings[name] for name in ("policy", "prompts", "sampling", "evidence", "beliefs", "features", "select", "insight")},
-        "stages": [{"stage": s.number, "selection": s.selection, "scores": s.scores, "rollouts": {"select": s.rollouts_select}} for s in arm.stages],
+        "settings": {
+            name: settings[name]
+            for name in ("policy", "prompts", "sampling", "evidence", "beliefs", "features", "select", "insight")
+        },
+        "stages": [
+            {"stage": s.number, "selection": s.selection, "scores": s.scores, "rollouts": {"select": s.rollouts_select}}
+            for s in arm.stages
+        ],
     }
 
 
@@ -173,8 +187,8 @@ def _card(desk: Desk, arm: Arm) -> str:
         f"# {desk.config.name}: a staged curriculum",
         "",
         "Selected by Influent: off-policy influence on the validation sets (CROPI), with a random floor.",
-        "Each stage has a random control of equal size, `control_NN`. `selection.parquet` holds every prompt of the pool with",
-        "its scores and one reason code, without text.",
+        "Each stage has a random control of equal size, `control_NN`. `selection.parquet` holds every prompt of",
+        "the pool with its scores and one reason code, without text.",
         "",
         "| stage | prompts | selected from |",
         "|---|---|---|",
@@ -182,7 +196,14 @@ def _card(desk: Desk, arm: Arm) -> str:
     for stage in arm.stages:
         how = "influence and floor" if stage.scores else "shuffle"
         lines.append(f"| stage_{stage.number:02d} | {desk.store.meta(stage.selection)['size']} | {how} |")
-    lines += ["", "```python", "from datasets import load_dataset", 'load_dataset("<this folder>", "stage_00")', "```", ""]
+    lines += [
+        "",
+        "```python",
+        "from datasets import load_dataset",
+        'load_dataset("<this folder>", "stage_00")',
+        "```",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -41,9 +41,7 @@ def weighted_group_advantages(
     return out
 
 
-def sequence_weights(
-    log_ratio: Float[np.ndarray, " rollouts"], *, clip: float = 5.0
-) -> Float[np.ndarray, " rollouts"]:
+def sequence_weights(log_ratio: Float[np.ndarray, " rollouts"], *, clip: float = 5.0) -> Float[np.ndarray, " rollouts"]:
     """Return w, the likelihood ratio of whole completions, clipped from above.
 
     Args:

@@ -2,9 +2,10 @@
 
 The cascade, cheapest first: prompts that were left out when the pool was read (``duplicate``, ``contaminated``,
 ``error``); prompts without stored rollouts (``unseen``) or whose rollouts agree (``no_signal``): they have no gradient;
-prompts that the difficulty weight w(p) ranks lowest (``prior``); then the fused influence up to the budget. Information
-gain is not used as a filter: it is smallest for the prompts that were just trained on, the only ones with fresh evidence.
-A share of each stage, the floor, is drawn at random from the whole pool, so that unseen prompts come to be seen.
+prompts that the difficulty weight w(p) ranks lowest (``prior``); then the fused influence up to the budget.
+Information gain is not used as a filter: it is smallest for the prompts that were just trained on, the only ones with
+fresh evidence. A share of each stage, the floor, is drawn at random from the whole pool, so that unseen prompts come to
+be seen.
 """
 
 from __future__ import annotations
@@ -51,14 +52,16 @@ def candidates(
 
     Args:
         uids: the eligible pool.
-        alpha, beta: beliefs, one value a prompt.
+        alpha: beliefs, one value a prompt.
+        beta: the same.
         signal: for each prompt with stored rollouts, whether their rewards differ.
         share: most prompts that get a gradient, as a share of the pool; ranked by w(p).
-        mu, eta: of the difficulty weight, see ``pipeline.selectors.insight``.
+        mu: of the difficulty weight, see ``pipeline.selectors.insight``.
+        eta: the same.
     """
     reason = {uid: "unseen" if uid not in signal else "no_signal" for uid in uids if not signal.get(uid, False)}
     weight = insight.difficulty_weight(alpha / (alpha + beta), mu=mu, eta=eta)
-    order = [uids[i] for i in np.lexsort((uids, -weight)) if uids[i] not in reason]
+    order = [uids[i] for i in np.lexsort((np.array(uids), -weight)) if uids[i] not in reason]
     return reason | dict.fromkeys(order[max(1, int(share * len(uids))) :], "prior")
 
 

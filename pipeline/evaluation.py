@@ -36,12 +36,12 @@ def exact_reward(
     """
     other = [v for v in prompts.verifier if v != EXACT]
     if other:
-        raise ValueError(f"exact expected reward needs verifier {EXACT}; {len(other)} prompt(s) have another: {other[0]}")
+        raise ValueError(
+            f"exact expected reward needs verifier {EXACT}; {len(other)} prompt(s) have another: {other[0]}"
+        )
     end = policy.tokenizer.eos_token_id
     asked = [render(messages, policy.tokenizer, chat) for messages in prompts.messages]
-    answers = [
-        [*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth
-    ]
+    answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
     parts = []
     for i in range(0, len(prompts), rows):
         batch = collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
@@ -50,7 +50,14 @@ def exact_reward(
 
 
 def greedy_accuracy(
-    policy: Policy, prompts: Prompts, generate: Generate, score: Score, *, max_new_tokens: int, stop: tuple[str, ...], chat: bool
+    policy: Policy,
+    prompts: Prompts,
+    generate: Generate,
+    score: Score,
+    *,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    chat: bool,
 ) -> float:
     """Return the share of prompts whose greedy completion is correct."""
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop=stop)

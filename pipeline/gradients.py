@@ -2,9 +2,9 @@ r"""One policy gradient per prompt out of one backward pass.
 
     g_p = sum_{k in p, t} c_kt grad log pi(x_kt | s_kt)            c from ``pipeline.objective``
 
-A batch holds the rollouts of several prompts, each prompt's rows adjacent. Rows are independent in a transformer, so the
-backward pass of the sum over all prompts already holds, at each layer, every row's input a and output gradient b; the
-gradient of a prompt is the product of its own rows:
+A batch holds the rollouts of several prompts, each prompt's rows adjacent. Rows are independent in a transformer, so
+the backward pass of the sum over all prompts already holds, at each layer, every row's input a and output gradient b;
+the gradient of a prompt is the product of its own rows:
 
     linear       G_p = sum_{rows of p, t} b a^T            (out, in)
     embedding    G_p[v] = sum_{rows of p, t : x_t = v} b
@@ -32,7 +32,7 @@ from pipeline.projection import SparseProjection
 from pipeline.records import Rollouts
 
 Sink = Callable[[str, Tensor], None]
-"""Takes a parameter's name and its gradients, (prompts, *shape); may be called several times a parameter, to be added."""
+"""Takes a parameter's name and gradients, (prompts, *shape); may be called several times a parameter, to be added."""
 
 
 @contextmanager
@@ -55,9 +55,7 @@ def capture(model: nn.Module, sizes: Sequence[int], sink: Sink) -> Iterator[None
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
-    hooks = [
-        module.register_forward_hook(_hook(names, list(sizes), sink)) for module, names in owned.items() if names
-    ]
+    hooks = [module.register_forward_hook(_hook(names, list(sizes), sink)) for module, names in owned.items() if names]
     try:
         yield
     finally:
@@ -197,7 +195,7 @@ def _backward(
 
 
 def _known(policy: Policy, rollouts: Rollouts, parts: list[list[Row]]) -> np.ndarray:
-    """Return the log-probabilities of a group that takes several passes, whose coefficients need all of them at once."""
+    """Return the log-probabilities of a group that takes several passes: its coefficients need all of them."""
     with torch.no_grad():
         found = [packed_logps(policy, rollouts, rows).cpu().numpy() for rows in parts]
     width = max(part.shape[1] for part in found)
@@ -232,7 +230,7 @@ def _coefficients(
     bad = ~np.isfinite(c).all(axis=1) | ~np.isfinite(logp_new).all(axis=1)
     if bad.any():
         raise FloatingPointError(
-            f"prompt {uids[owner[int(np.flatnonzero(bad)[0])]]}: its log-probabilities under the policy are not finite; "
-            "the checkpoint has diverged, or its dtype overflows"
+            f"prompt {uids[owner[int(np.flatnonzero(bad)[0])]]}: its log-probabilities under the policy are not "
+            "finite; the checkpoint has diverged, or its dtype overflows"
         )
     return c

@@ -5,8 +5,8 @@ r"""Rollouts of one prompt packed into one row, so that the prompt is computed o
     mask      a token sees the prompt and the earlier tokens of its own completion, and nothing else
 
 Each completion's log-probabilities, and the prompt's gradient, are those of separate rows up to rounding. With few-shot
-prompts and short answers the work falls by nearly the number of rollouts. A completion that does not fit beside others in
-``ROW_TOKENS`` gets a row of its own, which is the ordinary layout.
+prompts and short answers the work falls by nearly the number of rollouts. A completion that does not fit beside others
+in ``ROW_TOKENS`` gets a row of its own, which is the ordinary layout.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def pack(rollouts: Rollouts) -> list[Row]:
     for prompt, (uid, members) in enumerate(rollouts.groups().items()):
         asked = rollouts.prompt_ids[members[0]]
         if any(not np.array_equal(rollouts.prompt_ids[i], asked) for i in members):
-            raise ValueError(f"prompt {uid}: its rollouts hold different prompt_ids; they were made with another template")
+            raise ValueError(
+                f"prompt {uid}: its rollouts hold different prompt_ids; they were made with another template"
+            )
         held: list[int] = []
         length = len(asked)
         for i in members:
@@ -96,6 +98,9 @@ def packed_logps(policy: Policy, rollouts: Rollouts, rows: Sequence[Row]) -> Flo
     if len(temperatures) != 1:
         raise ValueError(f"rollouts were sampled at temperatures {sorted(temperatures)}; score them one at a time")
     layout = _layout(rollouts, rows, policy.pad_id)
+    window = getattr(policy.model.config, "sliding_window", None)
+    if window and layout.input_ids.shape[1] > window:
+        raise ValueError(f"a row of {layout.input_ids.shape[1]} tokens exceeds the model's sliding window of {window}")
     device = policy.device
     minimum = torch.finfo(policy.model.dtype).min
     mask = torch.zeros(layout.seen.shape, dtype=policy.model.dtype).masked_fill_(~layout.seen, minimum)

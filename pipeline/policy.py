@@ -91,12 +91,13 @@ def load_policy(
         )
     except OSError as error:
         raise FileNotFoundError(
-            f"checkpoint {str(checkpoint)!r} is not there: give the folder of a Hugging Face checkpoint, or a model name "
-            "that the hub (or its local cache, when HF_HUB_OFFLINE=1) has"
+            f"checkpoint {str(checkpoint)!r} is not there: give the folder of a Hugging Face checkpoint, or a model "
+            "name that the hub (or its local cache, when HF_HUB_OFFLINE=1) has"
         ) from error
     if adapter is not None or lora is not None:
         model = _with_adapter(model, adapter, lora, seed)
-    return Policy(model.to(device).eval(), tokenizer)
+    loaded: Any = model
+    return Policy(loaded.to(device).eval(), tokenizer)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
@@ -174,7 +175,11 @@ def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None,
     assert lora is not None
     torch.manual_seed(seed)  # peft draws A from the global generator
     config = LoraConfig(
-        r=lora["rank"], lora_alpha=lora["alpha"], target_modules=lora["targets"], lora_dropout=0.0, task_type="CAUSAL_LM"
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        target_modules=lora["targets"],
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 

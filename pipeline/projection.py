@@ -12,8 +12,8 @@ h, s   bucket and sign of a coordinate: hashes of (seed, parameter name, coordin
 The hashes belong to the coordinate, not to its position, so any order or sharding of the parameters gives the same z,
 and pool and validation are comparable. The cosine's error is 1 / sqrt(dim_out) per pair.
 Departures: (1) ``keep`` = 1 by default: dropping coordinates sets an error floor that no ``dim_out`` removes, and at
-``keep`` = 0.1 the published gain comes from a float16 cast that is not made here; (2) kept coordinates are drawn from the
-whole gradient (the released code draws them from its first entries).
+``keep`` = 0.1 the published gain comes from a float16 cast that is not made here; (2) kept coordinates are drawn from
+the whole gradient (the released code draws them from its first entries).
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class SparseProjection:
         """
         if name not in self.layout or grads.shape[1] != self.layout[name]:
             raise ValueError(
-                f"parameter {name!r} with {grads.shape[1]} coordinates is not in the layout; it has {self.layout.get(name)}"
+                f"parameter {name!r} with {grads.shape[1]} coordinates is not in the layout, which has "
+                f"{self.layout.get(name)}"
             )
         bucket, sign = self._table(name, sketch.device)
         sketch.index_add_(1, bucket, grads.to(torch.float32) * sign)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -42,7 +42,7 @@ class Columns:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
-    def of(cls, columns: dict[str, Iterable[Any]]) -> Self:
+    def of(cls, columns: Mapping[str, Iterable[Any]]) -> Self:
         """Build from a mapping that has at least this record's columns.
 
         Raises:

@@ -8,8 +8,8 @@ Tan et al. 2026, arXiv:2608.29252 (CVPR 2026), in the form that satisfies its ow
 
 G      gradients of the minibatch, one row a prompt            (prompts, dim)
 g_ref  reference gradient                                       (dim,)
-With g_ref = 1^T G and ridge = 0, as printed, P^-1 I = 1 and W = 1 exactly, whatever the batch: the literal rule is plain
-GRPO. What the weights do comes from the reference and the ridge.
+With g_ref = 1^T G and ridge = 0, as printed, P^-1 I = 1 and W = 1 exactly, whatever the batch: the literal rule is
+plain GRPO. What the weights do comes from the reference and the ridge.
 Departures: (1) the reference is an argument; (2) the ridge is relative, because an absolute one depends on the scale of
 the gradients; (3) samples without gradient leave the solve and keep weight one; (4) the norm is restored after the
 clip, not before; (5) ``temper`` mixes the weights with one: at full strength four of eleven prompts carry the step and

@@ -67,7 +67,7 @@ def _columns(
         step=(step,) * n,
         prompt_ids=(tuple(request.prompt_ids),) * n,
         completion_ids=tuple(group.completion_ids),
-        logp_old=tuple(group.logp),
+        logp_old=tuple(x.tolist() for x in group.logp),
         temperature=(sampling.temperature,) * n,
         finish_reason=tuple(group.finish_reason),
         seed=(request.seed,) * n,

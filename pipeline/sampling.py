@@ -8,6 +8,7 @@ without replacement and keeps those with the highest weighted mutual information
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -15,29 +16,22 @@ from jaxtyping import Float
 from pipeline.records import keyed_seed
 from pipeline.selectors import insight, uniform
 
-CANDIDATES = 16  # candidates a batch slot, the paper's main setting
-
 
 def shuffle(uids: Sequence[str], step: int, *, batch: int, seed: int) -> list[int]:
     """Return the rows of batch ``step`` (from 0) of an endless walk through reshuffled epochs.
 
-    Where an epoch ends inside a batch, the next one begins with prompts that the batch does not hold yet.
+    Every epoch holds every prompt; its last batch is filled up from its own beginning, so no batch holds one twice.
     """
     batch = min(batch, len(uids))
-    epoch, offset = divmod(step * batch, len(uids))
-    rows = _epoch(uids, epoch, batch, seed)[offset : offset + batch]
-    missing = batch - len(rows)
-    return rows + (_epoch(uids, epoch + 1, batch, seed)[:missing] if missing else [])
+    epoch, number = divmod(step, -(-len(uids) // batch))
+    order = _order(tuple(uids), keyed_seed("epoch", seed, epoch))
+    rows = order[number * batch : (number + 1) * batch]
+    return [*rows, *order[: batch - len(rows)]]
 
 
-def _epoch(uids: Sequence[str], epoch: int, batch: int, seed: int) -> list[int]:
-    order: list[int] = np.argsort(uniform.score(uids, seed=keyed_seed("epoch", seed, epoch)), kind="stable").tolist()
-    missing = -epoch * len(uids) % batch  # places of the batch that the epoch before left unfinished
-    if missing == 0:
-        return order
-    held = set(_epoch(uids, epoch - 1, batch, seed)[missing - batch :])
-    first = [row for row in order if row not in held][:missing]
-    return list(dict.fromkeys(first + order))
+@lru_cache(maxsize=2)
+def _order(uids: tuple[str, ...], seed: int) -> tuple[int, ...]:
+    return tuple(np.argsort(uniform.score(uids, seed=seed), kind="stable").tolist())
 
 
 def best_of_candidates(
@@ -51,9 +45,14 @@ def best_of_candidates(
     seed: int,
     mu: float,
     eta: float,
+    candidates: int = 16,
 ) -> list[int]:
-    """Return the rows of the ``batch`` best of ``CANDIDATES * batch`` random candidates, best first."""
+    """Return the rows of the ``batch`` best of ``candidates * batch`` random prompts, best first.
+
+    ``candidates`` = 16 is the published ratio, for pools of thousands; on a stage of a hundred prompts it leaves no
+    chance in the draw, and the same prompts are drilled at every step.
+    """
     draw = uniform.score(uids, seed=keyed_seed("candidates", seed, step))
-    candidates = np.argsort(draw, kind="stable")[: CANDIDATES * batch]
-    value = insight.score(alpha[candidates], beta[candidates], rollouts=rollouts, mu=mu, eta=eta)
-    return candidates[np.argsort(-value, kind="stable")[:batch]].tolist()
+    drawn = np.argsort(draw, kind="stable")[: candidates * batch]
+    value = insight.score(alpha[drawn], beta[drawn], rollouts=rollouts, mu=mu, eta=eta)
+    return drawn[np.argsort(-value, kind="stable")[:batch]].tolist()

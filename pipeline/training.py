@@ -70,6 +70,7 @@ class Batches:
     discount: float
     mu: float
     eta: float
+    candidates: int
     seed: int
 
 
@@ -185,6 +186,7 @@ def _choose(prompts: Prompts, alpha: np.ndarray, beta: np.ndarray, step: int, ba
         seed=batches.seed,
         mu=batches.mu,
         eta=batches.eta,
+        candidates=batches.candidates,
     )
 
 

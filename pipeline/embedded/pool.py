@@ -26,7 +26,7 @@ Rows = dict[str, list[str]]
 
 
 def make_sets(policy: Policy, seed: int) -> dict[str, Rows]:
-    """Return columns (prompt, ground_truth, ability) of ``pool``, ``validation_add``, ``validation_sub`` and ``test``."""
+    """Return prompt, ground_truth and ability of ``pool``, ``validation_add``, ``validation_sub`` and ``test``."""
     rng = np.random.default_rng(keyed_seed("embedded sets", seed))
     taken: set[str] = set()
     sets = {f"validation_{family}": _rows(family, distinct(family, VALIDATION, rng, taken)) for family in TARGETS}
@@ -35,7 +35,9 @@ def make_sets(policy: Policy, seed: int) -> dict[str, Rows]:
     for name, count in WRONG.items():
         pairs = [p for f in TARGETS for p in distinct(f, 4 * count if name == "nmod" else count // 2, rng, taken)]
         labels = _own_mistakes(policy, pairs, seed) if name == "nmod" else [without_carry(p) for p, _ in pairs]
-        wrong = [(prompt, label) for (prompt, true), label in zip(pairs, labels, strict=True) if label not in ("", true)]
+        wrong = [
+            (prompt, label) for (prompt, true), label in zip(pairs, labels, strict=True) if label not in ("", true)
+        ]
         parts.append(_rows(name, wrong[:: max(1, len(wrong) // count)][:count]))
     sets["pool"] = _join(parts)
     return sets

@@ -49,10 +49,9 @@ def untrained_policy(seed: int) -> Policy:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",
     )
     torch.manual_seed(keyed_seed("embedded weights", seed) % 2**32)
-    return Policy(LlamaForCausalLM(config), tokenizer)
+    return Policy(LlamaForCausalLM._from_config(config, attn_implementation="eager"), tokenizer)
 
 
 def warm_start(

@@ -48,7 +48,8 @@ class TransformersGenerate:
         pending = sorted(requests, key=lambda r: (len(r.prompt_ids), r.prompt_uid))
         while pending:
             width = len(pending[-1].prompt_ids) + sampling.max_new_tokens
-            batch, rows = [], 0
+            batch: list[Request] = []
+            rows = 0
             while pending and (not batch or (rows + pending[0].n) * width <= self.batch_tokens):
                 rows += pending[0].n
                 batch.append(pending.pop(0))
@@ -87,7 +88,6 @@ class TransformersGenerate:
             )
             row += request.n
 
-
     def _shared_prefix(self, one: Batch, counts: Tensor) -> Any:
         """Return the cache of each prompt but its last token, computed once and repeated for its completions."""
         if one.input_ids.shape[1] == 1:
@@ -107,8 +107,8 @@ class _Draw:
     """Logits processor that draws one token a row by the inverse of the cumulative distribution."""
 
     def __init__(self, requests: list[Request], sampling: Sampling, device: torch.device) -> None:
-        self.sampling, self.logp, self.position = sampling, [], 0
-        self.logp: list[Tensor]
+        self.sampling, self.position = sampling, 0
+        self.logp: list[Tensor] = []
         uniform = [
             np.random.Generator(np.random.Philox(keyed_seed("draw", r.seed, r.prompt_uid, j))).random(
                 sampling.max_new_tokens
@@ -141,7 +141,9 @@ def end_tokens(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
     """
     long = [s for s in stop if len(s) != 1]
     if long:
-        raise ValueError(f"sampling.stop = {long}: stop strings are single characters; use the one that ends the answer")
+        raise ValueError(
+            f"sampling.stop = {long}: stop strings are single characters; use the one that ends the answer"
+        )
     return _end_tokens(tokenizer, stop)
 
 

@@ -15,14 +15,23 @@ def arm(seed, level, steps, select, metrics):
     curve = []
     for step in range(0, steps + 1, 10):
         values = dict.fromkeys(metrics, level * (0.6 + 0.4 * step / steps) + 0.002 * seed)
-        curve.append({"step": step, "rollouts": step * 128 + select * (step // 30), "sets": dict.fromkeys(SETS, values)})
+        curve.append(
+            {"step": step, "rollouts": step * 128 + select * (step // 30), "sets": dict.fromkeys(SETS, values)}
+        )
     start, final = curve[0]["sets"], curve[-1]["sets"]
     stage = {
         "steps": 30, "selected": 480, "rollouts": {"train": 3840, "select": select}, "level": final,
         "groups_with_signal": 0.7, "seconds": {"train": 12.25, "score": 1.5},
     }  # fmt: skip
     stages = [stage | {"stage": i} for i in range(steps // 30)]
-    return {"rollouts": curve[-1]["rollouts"], "steps": steps, "start": start, "final": final, "curve": curve, "stages": stages}
+    return {
+        "rollouts": curve[-1]["rollouts"],
+        "steps": steps,
+        "start": start,
+        "final": final,
+        "curve": curve,
+        "stages": stages,
+    }
 
 
 def examples(sign):
@@ -47,14 +56,18 @@ def shown(number, scored, rng):
     }
 
 
-def make(*, seeds=(0, 1, 2), controls=("control", "random"), diem=True, exact=True, scored=True, stages=3, difference=None):
+def make(
+    *, seeds=(0, 1, 2), controls=("control", "random"), diem=True, exact=True, scored=True, stages=3, difference=None
+):
     """Facts of a run, as ``flows`` gathers them."""
     rng, metrics = random.Random(0), ["greedy_accuracy"] + ["expected_reward"] * exact
     levels = {"curriculum": 0.55} | {a: {"control": 0.53, "random": 0.54}[a] for a in controls}
     runs = [
         {
             "seed": seed,
-            "arms": {a: arm(seed, level, 30 * stages, 800 * (a == "curriculum"), metrics) for a, level in levels.items()},
+            "arms": {
+                a: arm(seed, level, 30 * stages, 800 * (a == "curriculum"), metrics) for a, level in levels.items()
+            },
             "excluded": {"duplicate": 12},
             "seconds": {"train": 131.5, "evaluate": 28.0, "start_policy": 0.04},
         }
@@ -64,7 +77,13 @@ def make(*, seeds=(0, 1, 2), controls=("control", "random"), diem=True, exact=Tr
     final = {a: {s: {m: cell(level, *spread) for m in metrics} for s in SETS} for a, level in levels.items()}
     table = {s: {m: difference or cell(0.02, *spread) for m in metrics} for s in SETS}
     weights = {a: [rng.gauss(1, 0.2) for _ in range(20)] for a in ("add", "sub")}
-    step = {"identity": False, "effective_samples": 9.8, "prompts": 11.2, "clipped_share": 0.25, "cosine_to_plain": 0.97}
+    step = {
+        "identity": False,
+        "effective_samples": 9.8,
+        "prompts": 11.2,
+        "clipped_share": 0.25,
+        "cosine_to_plain": 0.97,
+    }
     return {
         "name": "demo",
         "summary": {

@@ -85,7 +85,10 @@ def replace_texts(value, by):
         return [replace_texts(v, by) for v in value]
     if isinstance(value, dict):
         named = ("abilities", "cosines", "influence", "reasons", "drawn", "weights", "seconds", "excluded")
-        return {k: {f"{name}{by}": v for name, v in d.items()} if k in named else replace_texts(d, by) for k, d in value.items()}
+        return {
+            k: {f"{name}{by}": v for name, v in d.items()} if k in named else replace_texts(d, by)
+            for k, d in value.items()
+        }
     return value + by if isinstance(value, str) else value
 
 
@@ -110,7 +113,10 @@ def test_every_kind_of_run_gives_a_whole_page(case):
 def test_what_the_page_says_of_each_case():
     """One seed has no interval, weights that were off are said to be off, and so on."""
     said = {case: Page(page_of(case)).said() for case in CASES}
-    assert "Test expected reward 0.550 after 90 steps and 13,920 rollouts, from 0.332 at the start; random" in said["seeds"]
+    assert (
+        "Test expected reward 0.550 after 90 steps and 13,920 rollouts, from 0.332 at the start; random"
+        in said["seeds"]
+    )
     assert "seeds 0, 1, 2" in said["seeds"] and "0.550 ± 0.030" in said["seeds"] and "480 shuffle" in said["seeds"]
     assert "432 influence, 48 floor" in said["seeds"] and "20 of 40 prompts observed" in said["seeds"]
     assert "one seed, no interval" in said["one seed"] and "seed 7" in said["one seed"] and "±" not in said["one seed"]
@@ -124,9 +130,18 @@ def test_what_the_page_says_of_each_case():
 @pytest.mark.parametrize(
     ("difference", "expected"),
     [
-        (cell(0.02, 0.01, 3), "ahead of the random control of equal steps by 0.020 (95 % interval +0.010 to +0.030, 3 paired seeds)."),
-        (cell(0.02, 0.03, 3), "by 0.020, but this is no clear difference: the interval contains zero (95 % interval \u22120.010 to"),
-        (cell(-0.02, 0.01, 5), "behind the random control of equal steps by 0.020 (95 % interval \u22120.030 to \u22120.010, 5 paired"),
+        (
+            cell(0.02, 0.01, 3),
+            "ahead of the random control of equal steps by 0.020 (95 % interval +0.010 to +0.030, 3 paired seeds).",
+        ),
+        (
+            cell(0.02, 0.03, 3),
+            "by 0.020, but this is no clear difference: the interval contains zero (95 % interval \u22120.010 to",
+        ),
+        (
+            cell(-0.02, 0.01, 5),
+            "behind the random control of equal steps by 0.020 (95 % interval \u22120.030 to \u22120.010, 5 paired",
+        ),
         (cell(-0.02, 0.03, 3), "behind the random control of equal steps by 0.020, but this is no clear difference"),
         (cell(-0.02), "behind the random control of equal steps by 0.020: one seed, no interval"),
         (cell(0.0, 0.0, 3), "level with the random control of equal steps, but this is no clear difference"),
@@ -157,7 +172,9 @@ def test_hostile_text_is_inert_and_visible():
     assert not any(not (c.isprintable() or c in "\n\t") for c in page)
     assert page.encode().decode() == page
     shown = [pre for pre in parsed.pre if pre.startswith("1+1=<script>")]
-    assert shown and all("{{7*7}}" in pre and "\u2039U+202E\u203agnp." in pre and "\u2039U+001B\u203a[31m" in pre for pre in shown)
+    assert shown and all(
+        "{{7*7}}" in pre and "\u2039U+202E\u203agnp." in pre and "\u2039U+001B\u203a[31m" in pre for pre in shown
+    )
     for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         ElementTree.fromstring(svg)
 
@@ -207,7 +224,10 @@ def test_many_names_and_long_texts_cost_little():
 
 def test_clean_takes_arrays_and_refuses_objects():
     """Arrays and their scalars become lists and numbers; what cannot be shown is an error that names its type."""
-    assert text.clean({"a": np.array([1.0, math.nan]), "b": (np.float32(2), np.int64(3), True)}) == {"a": [1.0, None], "b": [2.0, 3, True]}
+    assert text.clean({"a": np.array([1.0, math.nan]), "b": (np.float32(2), np.int64(3), True)}) == {
+        "a": [1.0, None],
+        "b": [2.0, 3, True],
+    }
     with pytest.raises(TypeError, match="got object"):
         text.clean([object()])
 

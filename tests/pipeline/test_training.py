@@ -15,7 +15,7 @@ PAIRS = [(f"{i}+{i}=", str(2 * i)) for i in range(5)]
 SETTINGS = Optimization(
     total_steps=10, lr=3e-4, betas=(0.9, 0.98), warmup=3, final=0.1, clip_norm=1.0, micro_tokens=1024
 )
-BATCHES = Batches(sampler="shuffle", batch=3, rollouts=4, discount=1.0, mu=0.3, eta=3.0, seed=0)
+BATCHES = Batches(sampler="shuffle", batch=3, rollouts=4, discount=1.0, mu=0.3, eta=3.0, candidates=16, seed=0)
 
 
 def scripted(policy, rewards=(1.0, 0.0, 0.0, 1.0)):

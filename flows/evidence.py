@@ -1,0 +1,117 @@
+"""What steps read from the stores and hand to the maths, and the one place where a selection is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flows.desk import Desk
+from pipeline.records import Prompts, Rollouts
+
+
+def roll(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int, step: int) -> Rollouts:
+    """Sample and score one group a prompt from the policy of a key, or the one being trained from it."""
+    from pipeline.generation import Sampling
+    from pipeline.generation.transformers import TransformersGenerate
+    from pipeline.rollouts import collect as sample
+
+    loaded = desk.load(policy)
+    groups = sample(
+        prompts,
+        TransformersGenerate(loaded, batch_tokens=desk.config.policy.batch_tokens),
+        desk.verifiers.score,
+        loaded.tokenizer,
+        rollouts=rollouts,
+        sampling=Sampling(**desk.config.sampling.model_dump()),
+        seed=seed,
+        policy=policy,
+        step=step,
+        chat=desk.config.policy.chat,
+    )
+    return Rollouts.concat(groups)
+
+
+def read_rollouts_of(desk: Desk, rollouts: Sequence[str], uids: Sequence[str]) -> Rollouts:
+    """Return the latest stored rollouts of some prompts, at most ``evidence.recent`` each, oldest first."""
+    stored = Rollouts.of(desk.store.trajectories.read(rollouts))
+    groups = stored.groups()
+    return stored.take([i for uid in uids for i in groups.get(uid, [])[-desk.config.evidence.recent :]])
+
+
+def mean_target(desk: Desk, generations: Sequence[str], size: int) -> np.ndarray:
+    """Return the mean gradient of a validation set of ``size`` prompts from the store."""
+    from pipeline.influence import mean_gradient
+
+    parts = [desk.store.gradients.read(key) for key in generations]
+    return mean_gradient(
+        np.concatenate([rows for _, rows, _ in parts]), np.concatenate([norms for _, _, norms in parts]), size=size
+    )
+
+
+def beliefs(
+    desk: Desk, rollouts: Sequence[str], uids: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, dict[str, list[tuple[int, int]]]]:
+    """Return alpha and beta of each prompt from the ledger of the given rollouts, and the ledger itself."""
+    from pipeline.beliefs import from_history
+
+    settings, history = desk.config.beliefs, desk.store.beliefs.history(rollouts)
+    informative = 0 if desk.config.evidence.source == "first_stage" else 1
+    alpha, beta = from_history(
+        uids,
+        history,
+        discount=settings.discount,
+        prior=settings.prior,
+        strength=settings.strength,
+        informative=informative,
+    )
+    return alpha, beta, history
+
+
+def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> dict[str, str]:
+    """Return the reason of each prompt of the pool that is not worth a gradient; costs no model call."""
+    from pipeline.advantages import has_signal
+    from pipeline.curriculum import candidates
+
+    uids = desk.prompts(data, "pool").prompt_uid
+    stored = read_rollouts_of(desk, rollouts, uids)
+    signal = {uid: has_signal(np.array([stored.reward[i] for i in rows])) for uid, rows in stored.groups().items()}
+    alpha, beta, _ = beliefs(desk, rollouts, uids)
+    return candidates(uids, alpha, beta, signal, share=desk.config.select.candidates, **desk.config.insight.weight)
+
+
+def write_selection(
+    desk: Desk,
+    key: str,
+    data: str,
+    rollouts: Sequence[str],
+    chosen: Any,
+    stage: int,
+    cosines: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Store a stage with all that is known of each prompt of the pool at the moment of selection."""
+    from pipeline.selectors import insight
+
+    out = desk.excluded(data)
+    uids = [*desk.prompts(data, "pool").prompt_uid, *out]
+    alpha, beta, history = beliefs(desk, rollouts, uids)
+    value = insight.score(alpha, beta, rollouts=desk.config.train.rollouts, **desk.config.insight.weight)
+    rank = {uid: i for i, uid in enumerate(chosen.chosen)}
+    drawn = dict(zip(chosen.chosen, chosen.drawn, strict=True))
+    seen = {uid: (sum(s for s, _ in visits), sum(s + f for s, f in visits)) for uid, visits in history.items()}
+    rates = [(s / n if n else None, n) for s, n in (seen.get(uid, (0, 0)) for uid in uids)]
+    columns = {
+        "prompt_uid": uids,
+        "stage": [stage] * len(uids),
+        "reason": [chosen.reason.get(uid) or out[uid] for uid in uids],
+        "rank": [rank.get(uid) for uid in uids],
+        "drawn": [drawn.get(uid) for uid in uids],
+        "score_influence": [chosen.fused.get(uid) for uid in uids],
+        "score_wmi": value.tolist(),
+        "pass_rate": [rate for rate, _ in rates],
+        "n_obs": [n for _, n in rates],
+        "alpha": alpha.tolist(),
+        "beta": beta.tolist(),
+    } | {name: [column.get(uid) for uid in uids] for name, column in cosines.items()}
+    desk.store.curricula.write(key, columns, {"data": data, "stage": stage, "size": len(chosen.chosen)})

@@ -17,8 +17,8 @@ SINGLE = {
     "featurize": ("featurize", "compute and store the projected gradients of a stage"),
     "score": ("score", "score a stage's influence"),
     "select": ("select", "select a stage"),
-    "train": ("train", "train a stage's first segment"),
-    "evaluate": ("evaluate", "evaluate the checkpoint that a stage's first segment made"),
+    "train": ("train", "train a stage"),
+    "evaluate": ("evaluate", "train a stage, and evaluate its checkpoints"),
 }
 """Commands that run the loop up to one step of one stage, plainly; what is done already is not done again."""
 

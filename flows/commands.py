@@ -88,8 +88,9 @@ def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: 
         try:
             run_seed(do)
         except Reached as reached:
-            keys = reached.key if isinstance(reached.key, list) else [reached.key]
-            return {"step": step, "stage": number, "keys": keys}, 0
+            return {"step": step, "stage": number, "keys": reached.keys}, 0
+    if do.found:
+        return {"step": step, "stage": number, "keys": do.found}, 0
     raise ValueError(f"step {step!r} does not occur in stage {number}")
 
 

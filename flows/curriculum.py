@@ -29,12 +29,19 @@ STEPS: dict[str, Callable[..., Any]] = {
 }
 
 
-class Reached(Exception):
-    """Ends the loop after the step that a single command asked for; carries its key."""
+_TOGETHER = {
+    **{name: {name} for name in STEPS},
+    "train": {"train", "evaluate"},  # a stage is trained and evaluated by turns
+    "evaluate": {"train", "evaluate"},
+}
 
-    def __init__(self, key: Any) -> None:
-        super().__init__(key)
-        self.key = key
+
+class Reached(Exception):
+    """Ends the loop after the step that a single command asked for; carries its keys."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__(keys)
+        self.keys = keys
 
 
 class Do:
@@ -43,7 +50,7 @@ class Do:
     Args:
         desk: what the steps need.
         wrap: turns a step's name and callable into the callable to use.
-        until: (step, stage) after which the loop ends.
+        until: (step, stage) after which the loop ends: before the next step of another kind.
     """
 
     def __init__(
@@ -52,17 +59,20 @@ class Do:
         wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]],
         until: tuple[str, int] | None = None,
     ) -> None:
-        self.desk, self.until, self.stage = desk, until, 0
+        self.desk, self.until, self.stage = desk, until, -1  # -1: before the first stage
+        self.found: list[str] = []  # keys of the step that ``until`` names
         self.seconds: dict[str, float] = {}
         self._steps = {name: wrap(name, partial(step, desk)) for name, step in STEPS.items()}
 
     def __call__(self, step: str, *args: Any, **kwargs: Any) -> Any:
         """Run a step, and add what it took to the seconds of its kind."""
+        if self.found and step not in _TOGETHER.get(self.until[0] if self.until else "", {step}):
+            raise Reached(self.found)
         began = time.perf_counter()
         key = self._steps[step](*args, **kwargs)
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - began
         if self.until == (step, self.stage):
-            raise Reached(key)
+            self.found += key if isinstance(key, list) else [key]
         return key
 
 
@@ -127,6 +137,7 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
     desk, config = do.desk, do.desk.config
     desk.data = data
     arm = _begin(do, "curriculum", data, start)
+    do.stage = 0
     if config.evidence.source == "collect":
         seed = desk.seed("collect")
         arm.evidence = do("collect", start, data, "pool", rollouts=config.evidence.rollouts, seed=seed)
@@ -156,13 +167,13 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
 
 def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) -> Stage:
     desk, config = do.desk, do.desk.config
-    stage = Stage(number, "", length)
-    for split in config.prompts.validation or ("validation_add", "validation_sub"):
-        seed = desk.seed("validation", number)
-        fresh = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
-        stage.rollouts_select += story.count_rollouts(desk, fresh)
+    stage, seed, fresh = Stage(number, "", length), desk.seed("validation", number), {}
+    for split in (name for name in _splits(do) if name != "test"):
+        fresh[split] = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
+        stage.rollouts_select += story.count_rollouts(desk, fresh[split])
+    for split, shards in fresh.items():
         uids = desk.prompts(data, split).prompt_uid
-        stage.targets[split] = (do("featurize", policy, uids, fresh, split), len(uids))
+        stage.targets[split] = (do("featurize", policy, uids, shards, split), len(uids))
     excluded = evidence.cascade(desk, data, arm.evidence)
     wanted = [uid for uid in desk.prompts(data, "pool").prompt_uid if uid not in excluded]
     story.tell_cascade(desk, excluded, len(wanted))

@@ -37,9 +37,9 @@ class Reporter:
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Print a small table; the first column is left-aligned, the others right."""
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
         for i, name in enumerate(columns):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(Text(name), justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)
@@ -49,7 +49,12 @@ class Reporter:
         """Show progress of ``total`` units; the yielded callable says how many more are done."""
         began = time.monotonic()
         if self.console.is_terminal and not self.console.quiet:
-            columns = [TextColumn("  {task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()]
+            columns = [
+                TextColumn("  {task.description}", markup=False),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+            ]
             with Progress(
                 *columns, TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True
             ) as bars:

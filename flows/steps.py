@@ -106,12 +106,16 @@ def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[
         "scores", pool=list(pool), targets={name: [list(keys), size] for name, (keys, size) in targets.items()}
     )
     if not desk.store.done(key):
-        queries = np.stack([evidence.mean_target(desk, *target) for target in targets.values()])
-        found = [desk.store.gradients.search(generation, queries) for generation in pool]
-        cosines = np.concatenate([part for _, part in found])
+        means = {name: evidence.mean_target(desk, *target) for name, target in targets.items()}
+        aimed = [name for name, mean in means.items() if mean.any()]
+        for name in targets.keys() - set(aimed):
+            desk.reporter.line(f"  {name}: its rollouts all agree, so it has no gradient to align with; left out")
+        queries = np.array([means[name] for name in aimed])
+        found = [desk.store.gradients.search(generation, queries) for generation in pool] if aimed else []
+        cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
         columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
-        columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(targets)}
-        desk.store.tables.write(key, "scores", columns, {"targets": list(targets)})
+        columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
+        desk.store.tables.write(key, "scores", columns, {"targets": aimed})
     return key
 
 
@@ -132,7 +136,7 @@ def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str
     if not desk.store.done(key):
         table, pool = desk.store.tables.read(scores), desk.prompts(data, "pool").prompt_uid
         names = [name for name in table if name.startswith("cosine_")]
-        cosines = np.array([table[name] for name in names]).T
+        cosines = np.array([table[name] for name in names], float).reshape(len(names), len(table["prompt_uid"])).T
         budget = max(1, int(settings.share * len(pool)))
         chosen = select_by_influence(
             pool, excluded, table["prompt_uid"], cosines, budget=budget, floor=settings.floor, seed=seed
@@ -214,6 +218,8 @@ def train(
             stage_start=stage_start,
             total=total,
         )
+    else:
+        desk.advance(steps)
     return key
 
 

@@ -108,7 +108,7 @@ def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[
     if not desk.store.done(key):
         means = {name: evidence.mean_target(desk, *target) for name, target in targets.items()}
         aimed = [name for name, mean in means.items() if mean.any()]
-        for name in targets.keys() - set(aimed):
+        for name in [name for name in targets if name not in aimed]:
             desk.reporter.line(f"  {name}: its rollouts all agree, so it has no gradient to align with; left out")
         queries = np.array([means[name] for name in aimed])
         found = [desk.store.gradients.search(generation, queries) for generation in pool] if aimed else []

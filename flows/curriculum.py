@@ -75,6 +75,11 @@ class Do:
             self.found += key if isinstance(key, list) else [key]
         return key
 
+    def since(self, before: dict[str, float]) -> dict[str, float]:
+        """Return the seconds of each kind of step since ``before``, a copy of ``seconds``."""
+        spent = {name: s - before.get(name, 0.0) for name, s in self.seconds.items()}
+        return {name: s for name, s in spent.items() if s > 0}
+
 
 @dataclass
 class Stage:
@@ -161,7 +166,7 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
         policy = _train(
             do, arm, stage, data, policy, sum(config.train.stages), config.train.sampler if stage.scores else "shuffle"
         )
-        stage.seconds = {name: s - before.get(name, 0.0) for name, s in do.seconds.items() if s > before.get(name, 0.0)}
+        stage.seconds = do.since(before)
     return arm
 
 
@@ -223,7 +228,9 @@ def _control(do: Do, data: str, start: str, selections: list[str]) -> Arm:
     do.desk.reporter.heading("control: random subsets of equal size, equal steps")
     arm, policy, lengths = _begin(do, "control", data, start), start, do.desk.config.train.stages
     for number, (selection, length) in enumerate(zip(selections, lengths, strict=True)):
-        policy = _train(do, arm, Stage(number, selection, length), data, policy, sum(lengths), "shuffle")
+        stage, before = Stage(number, selection, length), dict(do.seconds)
+        policy = _train(do, arm, stage, data, policy, sum(lengths), "shuffle")
+        stage.seconds = do.since(before)
     return arm
 
 
@@ -234,6 +241,8 @@ def _random(do: Do, data: str, start: str, rollouts: int) -> Arm:
     do.desk.reporter.heading(f"random: {length} steps on a shuffle, as many rollouts in all")
     arm = _begin(do, "random", data, start)
     size = len(do.desk.prompts(data, "pool"))
-    selection = do("shuffle", data, [], 0, budget=size, seed=do.desk.seed("shuffle", 0))
-    _train(do, arm, Stage(0, selection, length), data, start, length, "shuffle")
+    before = dict(do.seconds)
+    stage = Stage(0, do("shuffle", data, [], 0, budget=size, seed=do.desk.seed("shuffle", 0)), length)
+    _train(do, arm, stage, data, start, length, "shuffle")
+    stage.seconds = do.since(before)
     return arm

@@ -121,6 +121,8 @@ def run_seed(do: Do) -> tuple[str, list[Arm], list[str]]:
     data = do("prompts", start)
     story.tell_prompts(desk, data)
     curriculum = _curriculum(do, data, start)
+    if do.found:  # the controls' steps are not those of a stage
+        raise Reached(do.found)
     controls = [_control_selection(do, data, stage) for stage in curriculum.stages]
     arms = [curriculum]
     if desk.config.controls:

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.sampling import best_of_candidates, shuffle
+from pipeline.selectors import insight
 
 CANDIDATES = 16  # the default
-from pipeline.selectors import insight
 
 pools = st.lists(st.text("abcdef", min_size=1, max_size=6), unique=True, min_size=1, max_size=20)
 

@@ -60,14 +60,14 @@ def _trial(request: dict[str, Any]) -> dict[str, float]:
             traceback.print_exc()
         finally:
             os._exit(code)
-    if request.get("delay") is not None:
-        while time.monotonic() - began < request["delay"] and os.waitpid(child, os.WNOHANG) == (0, 0):
-            time.sleep(0.005)
-        try:
+    ended, status = 0, 0
+    while not ended and request.get("delay") is not None and time.monotonic() - began < request["delay"]:
+        time.sleep(0.005)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        if request.get("delay") is not None:
             os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            return {"signal": 0, "code": 0, "seconds": time.monotonic() - began}
-    _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     return {"signal": max(0, -code), "code": max(0, code), "seconds": time.monotonic() - began}
 

@@ -93,20 +93,36 @@ class Desk:
         rows = zip(columns["prompt_uid"], columns["split"], columns["reason"], strict=True)
         return {uid: reason for uid, split, reason in rows if split == "pool" and reason}
 
-    def _read(self, key: str) -> Policy:
+    @property
+    def adapter(self) -> dict[str, Any] | None:
+        """What a fresh LoRA adapter depends on; None for training all parameters."""
+        lora = self.config.policy.lora
+        return {**lora.model_dump(), "seed": self.seed("adapter") % 2**32} if lora else None
+
+    def open_base(self, checkpoint: str | Path, adapter: Path | None = None) -> Policy:
+        """Load a full checkpoint by folder or name, with a stored adapter, or a fresh one where the settings ask."""
         from pipeline.policy import load_policy
 
-        settings, meta = self.config.policy, self.store.meta(key)
-        options: dict[str, Any] = {"dtype": settings.dtype, "device": settings.device, "attention": settings.attention}
-        lora = settings.lora.model_dump() if settings.lora else None
-        if meta.get("adapter_of"):
-            return load_policy(self.base(meta["adapter_of"]), adapter=self.store.checkpoints.folder(key), **options)
-        return load_policy(self.base(key), lora=lora, seed=self.seed("adapter") % 2**32, **options)
+        settings, fresh = self.config.policy, self.adapter if adapter is None else None
+        return load_policy(
+            checkpoint,
+            adapter=adapter,
+            lora=fresh,
+            seed=fresh["seed"] if fresh else 0,
+            dtype=settings.dtype,
+            device=settings.device,
+            attention=settings.attention,
+        )
 
-    def base(self, key: str) -> str | Path:
+    def _read(self, key: str) -> Policy:
+        base = self.store.meta(key).get("adapter_of")
+        if base:
+            return self.open_base(self._place(base), self.store.checkpoints.folder(key))
+        return self.open_base(self._place(key))
+
+    def _place(self, key: str) -> str | Path:
         """Return the folder or name that a full checkpoint is loaded from."""
-        elsewhere = self.store.meta(key).get("checkpoint")
-        return elsewhere or self.store.checkpoints.folder(key)
+        return self.store.meta(key).get("checkpoint") or self.store.checkpoints.folder(key)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

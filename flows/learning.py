@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
 from collections.abc import Sequence
@@ -127,7 +128,8 @@ def _commit(desk: Desk, key: str, start: str, policy: Any, optimizer: Any, made:
     from pipeline.training import optimizer_state
 
     rollouts = Rollouts.concat(step.rollouts for step in made)
-    batch = desk.store.key("rollouts", trained=key, completions=[list(map(int, c)) for c in rollouts.completion_ids])
+    drawn = hashlib.sha256(np.concatenate([np.asarray(x, np.float32) for x in rollouts.logp_old]).tobytes()).hexdigest()
+    batch = desk.store.key("rollouts", trained=key, drawn=drawn)  # by content: rounding elsewhere is another batch
     desk.store.trajectories.write(
         batch, rollouts.columns(), {"policy": key, "split": "pool", "rollouts": len(rollouts)}
     )

@@ -24,8 +24,9 @@ def start_policy(desk: Desk) -> str:
     mark: Any = fingerprint(Path(name)) if Path(name).is_dir() else name
     key = desk.store.key("policy", checkpoint=mark)
     if not desk.store.done(key):
+        policy = desk.open_base(name)  # before it is recorded: a checkpoint that is not there leaves no trace
         desk.store.record(key, "policy", {"checkpoint": name, "fingerprint": mark})
-        desk.load(key)
+        desk.hold(key, policy, None)
     return key
 
 

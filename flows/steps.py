@@ -77,6 +77,7 @@ def featurize(desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[s
             key = desk.store.key(
                 "gradients",
                 policy=policy,
+                adapter=desk.adapter,
                 projection=projection.identity,
                 objective=settings.objective,
                 prompts=shard,
@@ -185,6 +186,7 @@ def train(
     key = desk.store.key(
         "policy",
         start=policy,
+        adapter=desk.adapter,
         selection=selection,
         rollouts=list(rollouts),
         sampler=sampler,

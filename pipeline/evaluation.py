@@ -46,7 +46,11 @@ def exact_reward(
     for i in range(0, len(prompts), rows):
         batch = collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
         parts.append(token_logps(policy.model, batch).sum(dim=1).exp().cpu().numpy())
-    return np.concatenate(parts)
+    reward = np.concatenate(parts)
+    if not np.isfinite(reward).all():
+        bad = prompts.prompt_uid[int(np.flatnonzero(~np.isfinite(reward))[0])]
+        raise FloatingPointError(f"prompt {bad}: the policy's log-probabilities are not finite; its weights hold NaN")
+    return reward
 
 
 def greedy_accuracy(

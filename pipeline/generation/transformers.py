@@ -79,6 +79,10 @@ class TransformersGenerate:
         logp = torch.stack(draw.logp, dim=1).cpu().numpy()
         row = 0
         for request in requests:
+            if np.isnan(logp[row : row + request.n, 0]).any():
+                raise FloatingPointError(
+                    f"prompt {request.prompt_uid}: the policy's log-probabilities are not finite; its weights hold NaN"
+                )
             cut = [_cut(output[row + j], ends) for j in range(request.n)]
             yield Group(
                 request=request,

@@ -65,7 +65,9 @@ def main() -> None:
     for name, ratio in results.items():
         print(f"{ratio:8.2f}  {name}")
     Path("runs").mkdir(exist_ok=True)
-    Path("runs/benchmarks.json").write_text(json.dumps({"ratios": results, "environment": environment}, indent=1) + "\n")
+    Path("runs/benchmarks.json").write_text(
+        json.dumps({"ratios": results, "environment": environment}, indent=1) + "\n"
+    )
 
 
 def _stores(rollouts: Rollouts) -> dict[str, float]:

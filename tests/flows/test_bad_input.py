@@ -125,9 +125,6 @@ def test_verifiers_that_hang_or_raise_are_verdicts(
     assert {row["n_obs"] for row in rows if row["prompt_uid"] in failed} == {0}
 
 
-@pytest.mark.xfail(
-    raises=ValueError, reason="said by the store, as a number without a JSON spelling; no prompt is named"
-)
 def test_a_checkpoint_with_a_broken_weight_is_named(settle: Settle, inputs: Path, begun: Path, tmp_path: Path):
     """A weight that is not a number stops the run before anything is learnt from it, with the uid of a prompt."""
     from safetensors.torch import load_file, save_file

@@ -34,7 +34,7 @@ check: $(VENV)/dev  ## format, lint, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: $(VENV)/dev  ## time the gradient path, the store and generation as ratios to their floors
+bench: $(VENV)/dev  ## time the gradient path and the stores as ratios to their floors
 	@$(BIN)/python -m tests.benchmarks
 
 $(VENV)/base: pyproject.toml constraints.txt

@@ -59,8 +59,9 @@ def _tell(reporter: Reporter, summary: dict[str, Any]) -> None:
     names = [name.replace("_", " ") for name in summary["final"]["curriculum"]["test"]]
     reporter.table("on the test set, at the end", ["run", "steps", "rollouts", *names], rows)
     for pair, kinds in summary["paired_differences"].items():
-        facts = [f"{name.replace('_', ' ')} {_value(v, sign='+')}" for name, v in kinds["final"]["test"].items()]
-        reporter.line(f"{pair}, test: " + ", ".join(facts))
+        for kind, when in (("final", "at the end"), ("mean", "over the run")):
+            facts = [f"{name.replace('_', ' ')} {_value(v, sign='+')}" for name, v in kinds[kind]["test"].items()]
+            reporter.line(f"{pair}, test, {when}: " + ", ".join(facts))
     if len(summary["seeds"]) == 1:
         reporter.line("one seed: these differences carry no interval; --seeds 5 gives them one")
 

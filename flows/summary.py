@@ -15,6 +15,12 @@ from flows.config import Config
 from flows.curriculum import Arm, Stage
 from flows.desk import Desk
 
+KINDS = {
+    "final": "after the last step",
+    "late": "mean over the last quarter of a run's evaluations",
+    "mean": "mean over all of a run's evaluations after the start, evenly spaced over its own length",
+}
+
 
 def summarize(desk: Desk, data: str, arms: Sequence[Arm], seconds: dict[str, float]) -> dict[str, Any]:
     """Return the numbers of one seed: for each arm and stage what was spent, what was selected, how good it became."""
@@ -31,8 +37,10 @@ def combine(config: Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from pipeline.evaluation import interval
 
     arms = list(seeds[0]["arms"])
-    final = {arm: _table(seeds, lambda s, arm=arm: s["arms"][arm]["final"], interval) for arm in arms}
-    late = {arm: _table(seeds, lambda s, arm=arm: s["arms"][arm]["late"], interval) for arm in arms}
+    levels = {
+        kind: {arm: _table(seeds, lambda s, arm=arm, kind=kind: s["arms"][arm][kind], interval) for arm in arms}
+        for kind in KINDS
+    }
     paired = {
         f"curriculum - {arm}": {
             kind: _table(
@@ -40,7 +48,7 @@ def combine(config: Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 lambda s, arm=arm, kind=kind: _minus(s["arms"]["curriculum"][kind], s["arms"][arm][kind]),
                 interval,
             )
-            for kind in ("final", "late")
+            for kind in KINDS
         }
         for arm in arms
         if arm != "curriculum"
@@ -49,9 +57,8 @@ def combine(config: Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "name": config.name,
         "version": version("influent"),
         "seeds": [s["seed"] for s in seeds],
-        "final": final,
-        "late": late,
-        "late_is": "mean over the last quarter of a run's evaluations",
+        **levels,
+        **{f"{kind}_is": meaning for kind, meaning in KINDS.items()},
         "paired_differences": paired,
         "runs": list(seeds),
     }
@@ -109,16 +116,22 @@ def _arm(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:
             curve.append({"step": step, "rollouts": rollouts, "sets": desk.store.meta(evaluation)["sets"]})
         spent += stage.rollouts_train
         stages.append(_stage(desk, data, stage, curve[-1]["sets"]))
-    late = curve[-max(1, len(curve) // 4) :]
     return {
         "rollouts": arm.rollouts,
         "steps": curve[-1]["step"],
         "start": sets,
         "final": curve[-1]["sets"],
-        "late": {s: {m: sum(p["sets"][s][m] for p in late) / len(late) for m in sets[s]} for s in sets},
+        "late": _mean(curve[-max(1, len(curve) // 4) :]),
+        "mean": _mean(curve[1:]),
         "curve": curve,
         "stages": stages,
     }
+
+
+def _mean(curve: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the mean level over some evaluations, which are evenly spaced in a run's own steps."""
+    sets = curve[0]["sets"]
+    return {s: {m: sum(p["sets"][s][m] for p in curve) / len(curve) for m in sets[s]} for s in sets}
 
 
 def _stage(desk: Desk, data: str, stage: Stage, level: dict[str, Any]) -> dict[str, Any]:

@@ -188,6 +188,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Unpack the weights of a GGUF file to float32 and save them, with the tokenizer, as an ordinary checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _hush()
     where, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     model = AutoModelForCausalLM.from_pretrained(

@@ -4,7 +4,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -40,7 +40,7 @@ bench: $(VENV)/dev  ## time the gradient path and the stores as ratios to their 
 $(VENV)/base: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes, once" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade pip
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --upgrade pip
 	@$(PIP) torch
 	@$(PIP) -e .
 	@touch $@

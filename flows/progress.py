@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 Advance = Callable[[int], None]
+LOG_WIDTH = 120  # columns of a log, where no terminal says
 LINE_EVERY = 10.0  # seconds between lines of a bar that is not on a terminal
 
 
@@ -25,6 +26,8 @@ class Reporter:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            self.console.width = LOG_WIDTH
 
     def heading(self, text: str) -> None:
         """Begin a part of the run."""

@@ -104,4 +104,4 @@ def _excerpt(messages: str, width: int = 40) -> str:
 
     text = " ".join(json.loads(messages)[-1]["content"].split())
     clean = "".join(c if c.isprintable() else "?" for c in text)
-    return clean if len(clean) <= width else clean[: width - 1] + "…"
+    return clean if len(clean) <= width else "…" + clean[1 - width :]  # the end: few-shot prompts begin alike

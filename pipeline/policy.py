@@ -7,6 +7,8 @@ The door to ``transformers`` and ``peft``. Everything else sees a ``Policy`` and
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,7 +193,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     _hush()
     where, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-    model = AutoModelForCausalLM.from_pretrained(
-        where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, which the library's switch does not reach
+        model = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
     save_policy(Policy(model, tokenizer), folder)

@@ -42,7 +42,7 @@ class Reporter:
         """Print a small table; the first column is left-aligned, the others right."""
         table = Table(title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False)
         for i, name in enumerate(columns):
-            table.add_column(Text(name), justify="left" if i == 0 else "right")
+            table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.console.print(table)

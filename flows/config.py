@@ -59,6 +59,9 @@ class Prompts(Section):
     test: tuple[dict[str, Any], ...] = ()
     duplicates: Literal["drop", "refuse"] = "drop"
     contaminated: Literal["drop", "refuse"] = "drop"
+    near: float = Field(
+        0.0, ge=0, lt=1
+    )  # cosine of character n-grams from which texts count as one; 0: equal texts only
     bad_gold: Literal["drop", "refuse"] = "refuse"
     too_long: Literal["drop", "refuse"] = "refuse"
 

@@ -127,8 +127,8 @@ def _checked(desk: Desk, policy: str, sources: dict[str, list[dict[str, Any]]]) 
     held_out = {split: part for split, part in sets.items() if split != "pool"}
     wrong = {uid: "error" for part in sets.values() for uid in check_gold(part, desk.verifiers)}
     long = {uid: "error" for part in sets.values() for uid in _too_long(desk, policy, part)}
-    contaminated = dict.fromkeys(find_contaminated(sets["pool"], held_out), "contaminated")
-    duplicate = dict.fromkeys(find_duplicates(sets["pool"]), "duplicate")
+    contaminated = dict.fromkeys(find_contaminated(sets["pool"], held_out, settings.near or None), "contaminated")
+    duplicate = dict.fromkeys(find_duplicates(sets["pool"], settings.near or None), "duplicate")
     if repeats:
         desk.reporter.line(f"  {repeats} row(s) of the pool repeat another row exactly; each prompt is kept once")
     reasons = _decide(desk, settings.bad_gold, "rejected by their own verifier (bad_gold)", wrong)

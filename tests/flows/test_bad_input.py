@@ -243,3 +243,21 @@ def test_the_reporter_takes_no_text_for_markup(monkeypatch: pytest.MonkeyPatch):
         with reporter.bar(text, 1) as advance:
             advance(1)
         assert reporter.console.file.getvalue().count(text) >= 6
+
+
+def test_near_repeats_are_left_out_when_asked(settle: Settle, inputs: Path, tmp_path: Path):
+    """With ``prompts.near`` a text that is nearly another's counts as a duplicate; without it only an equal text does."""
+    from flows import prepare
+    from flows.progress import Reporter
+    from flows.run import open_desk
+
+    pool = [json.loads(line) for line in (inputs / "pool.jsonl").read_text().splitlines()]
+    more = [{**pool[0], "prompt": pool[0]["prompt"] + end} for end in ("1", "12")]
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*pool, *more]))
+    found = {}
+    for near in (0.0, 0.6):
+        sources = {"pool": [{"path": str(tmp_path / "more.jsonl"), "data_source": "tiny"}], "near": near}
+        with open_desk(settle(prompts=sources), tmp_path / f"run{near}", Reporter(quiet=True)) as desk:
+            table = desk.table(prepare.prompts(desk, prepare.start_policy(desk)))
+            found[near] = table["reason"].count("duplicate")
+    assert found[0.0] == 0 and found[0.6] >= 1

@@ -49,7 +49,7 @@ def test_groups_carry_what_was_sampled(collected):
     assert first.sample == (0, 1, 2, 3)
     assert first.prompt_ids[0] == tuple(TOKENIZER("1+1=").input_ids)
     assert first.completion_ids[0][-1] == 1
-    assert first.logp_old[1].tolist() == [-3.0, -4.0]
+    assert first.logp_old[1] == [-3.0, -4.0]
     assert {*first.policy, *first.step, *first.seed, *first.temperature} == {"key", 9, 3, 0.7}
 
 

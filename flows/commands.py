@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +133,3 @@ def _verify(store: Any) -> Result:
 
 def _gc(store: Any) -> Result:
     return {"deleted": store.collect()}, 0
-
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

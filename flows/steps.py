@@ -54,7 +54,12 @@ def import_rollouts(desk: Desk, data: str) -> list[str]:
         f"  imported {len(matched)} of {len(rollouts)} rollouts; the others belong to no prompt of the pool"
     )
     key = desk.store.key(
-        "rollouts", imported=matched.prompt_uid, completions=[list(map(int, c)) for c in matched.completion_ids]
+        "rollouts",
+        imported=matched.prompt_uid,
+        completions=[list(map(int, c)) for c in matched.completion_ids],
+        logp=[list(map(float, x)) for x in matched.logp_old],
+        verdicts=matched.verdict,
+        rewards=list(map(float, matched.reward)),
     )
     if not desk.store.done(key):
         desk.store.trajectories.write(

@@ -132,17 +132,16 @@ def run_seed(do: Do) -> tuple[str, list[Arm], list[str]]:
 
 
 def _begin(do: Do, name: str, data: str, start: str) -> Arm:
-    return Arm(name, start, do("evaluate", start, data, _splits(do)))
+    return Arm(name, start, do("evaluate", start, data, _splits(do, data)))
 
 
-def _splits(do: Do) -> list[str]:
-    splits = dict.fromkeys(do.desk.table(do.desk.data)["split"])
+def _splits(do: Do, data: str) -> list[str]:
+    splits = dict.fromkeys(do.desk.table(data)["split"])
     return [split for split in splits if split != "pool"]
 
 
 def _curriculum(do: Do, data: str, start: str) -> Arm:
     desk, config = do.desk, do.desk.config
-    desk.data = data
     arm = _begin(do, "curriculum", data, start)
     do.stage = 0
     if config.evidence.source == "collect":
@@ -175,7 +174,7 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
 def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) -> Stage:
     desk, config = do.desk, do.desk.config
     stage, seed, fresh = Stage(number, "", length), desk.seed("validation", number), {}
-    for split in (name for name in _splits(do) if name != "test"):
+    for split in (name for name in _splits(do, data) if name != "test"):
         fresh[split] = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
         stage.rollouts_select += story.count_rollouts(desk, fresh[split])
     for split, shards in fresh.items():
@@ -212,7 +211,7 @@ def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, s
             meta = desk.store.meta(policy)
             arm.evidence.append(meta["rollouts_key"])
             stage.rollouts_train += meta["rollouts"]
-            stage.checkpoints.append((first + count, policy, do("evaluate", policy, data, _splits(do))))
+            stage.checkpoints.append((first + count, policy, do("evaluate", policy, data, _splits(do, data))))
     arm.stages.append(stage)
     story.tell_level(desk, arm, stage)
     return policy

@@ -32,7 +32,6 @@ class Desk:
     def __init__(self, config: Config, folder: Path, store: Store, verifiers: VerifierPool, reporter: Reporter) -> None:
         self.config, self.folder, self.store = config, folder, store
         self.verifiers, self.reporter = verifiers, reporter
-        self.data = ""  # key of the run's prompts, once they are read
         self.advance: Advance = lambda n: None  # of the bar that is on show
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}

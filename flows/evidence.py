@@ -81,6 +81,14 @@ def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> dict[str, str]:
     return candidates(uids, alpha, beta, signal, share=desk.config.select.candidates, **desk.config.insight.weight)
 
 
+def chosen(desk: Desk, selection: str) -> list[str]:
+    """Return the prompt_uids of a stage, best first."""
+    table = desk.store.curricula.read(selection)
+    return [
+        u for _, u in sorted((r, u) for r, u in zip(table["rank"], table["prompt_uid"], strict=True) if r is not None)
+    ]
+
+
 def write_selection(
     desk: Desk,
     key: str,

@@ -15,8 +15,8 @@ from flows.desk import Desk
 EXAMPLES = 8  # prompts shown at each end of a stage's order
 
 
-def gather(desk: Desk, data: str, curriculum: Arm, summary: dict[str, Any]) -> dict[str, Any]:
-    """Return the facts that ``pipeline.report.render`` takes."""
+def gather(desk: Desk, data: str, curriculum: Arm) -> dict[str, Any]:
+    """Return the facts that ``pipeline.report.render`` takes, but for the summary of all seeds."""
     from pipeline.curriculum import overlap
 
     pool = desk.prompts(data, "pool").prompt_uid
@@ -24,9 +24,8 @@ def gather(desk: Desk, data: str, curriculum: Arm, summary: dict[str, Any]) -> d
     before = curriculum.evidence if not scored else _evidence_before(desk, curriculum, scored[0])
     return {
         "name": desk.config.name,
-        "summary": summary,
         "stages": [_stage(desk, data, curriculum, stage) for stage in curriculum.stages],
-        "overlap": overlap([story.chosen(desk, stage.selection) for stage in curriculum.stages]).tolist(),
+        "overlap": overlap([evidence.chosen(desk, stage.selection) for stage in curriculum.stages]).tolist(),
         "beliefs": {
             "before": _belief(desk, before, pool, "before the first selection"),
             "after": _belief(desk, curriculum.evidence, pool, "after the run"),
@@ -60,7 +59,7 @@ def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
         "drawn": dict(Counter(d for d in table["drawn"] if d)),
         "influence": {name.removeprefix("cosine_"): [table[name][i] for i in scored] for name in targets},
         "reasons": dict(Counter(table["reason"])),
-        "abilities": story.by_ability(desk, data, story.chosen(desk, stage.selection)),
+        "abilities": story.by_ability(desk, data, evidence.chosen(desk, stage.selection)),
         "best": _examples(desk, data, arm, table, best[:EXAMPLES]),
         "worst": _examples(desk, data, arm, table, best[-EXAMPLES:][::-1]),
     }

@@ -38,12 +38,8 @@ def run_segment(
     from pipeline.training import train as steps_of
 
     config, settings = desk.config, desk.config.train
-    table = desk.store.curricula.read(selection)
-    ranked = sorted(
-        (rank, uid) for rank, uid in zip(table["rank"], table["prompt_uid"], strict=True) if rank is not None
-    )
     pool = desk.prompts(data, "pool")
-    prompts = pool.take(pool.rows_of(uid for _, uid in ranked))
+    prompts = pool.take(pool.rows_of(stored.chosen(desk, selection)))
     alpha, beta, _ = stored.beliefs(desk, evidence, prompts.prompt_uid)
     optimization = Optimization(
         total_steps=total,

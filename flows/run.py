@@ -55,12 +55,9 @@ def run(
             summary.write_metrics(folder, desk, arms, append=number > 0)
             if number == 0:
                 summary.export(desk, data, arms[0], controls)
-                shown = facts.gather(desk, data, arms[0], {})
+                shown = facts.gather(desk, data, arms[0])
     whole = summary.combine(config, done)
     summary.write_json(folder / "summary.json", whole)
     assert shown is not None
-    page = render(shown | {"summary": whole})
-    temporary = folder / "report.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, folder / "report.html")
+    summary.write_text(folder / "report.html", render(shown | {"summary": whole}))
     return whole

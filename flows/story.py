@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from flows import evidence
 from flows.desk import Desk
 
 if TYPE_CHECKING:
@@ -37,18 +38,10 @@ def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
     return dict(Counter(ability[uid] for uid in uids).most_common())
 
 
-def chosen(desk: Desk, selection: str) -> list[str]:
-    """Return the prompt_uids of a stage, best first."""
-    table = desk.store.curricula.read(selection)
-    return [
-        u for _, u in sorted((r, u) for r, u in zip(table["rank"], table["prompt_uid"], strict=True) if r is not None)
-    ]
-
-
 def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
     """Say how many were selected, by ability, by reason, and show the best aligned."""
     table = desk.store.curricula.read(stage.selection)
-    picked = chosen(desk, stage.selection)
+    picked = evidence.chosen(desk, stage.selection)
     reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(table["reason"]).most_common())
     desk.reporter.line(f"  selected {len(picked)} of {len(table['reason'])} prompts ({reasons})")
     families = ", ".join(f"{name} {n}" for name, n in by_ability(desk, data, picked).items())

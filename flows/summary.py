@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows import story
+from flows import evidence, story
 from flows.config import Config
 from flows.curriculum import Arm, Stage
 from flows.desk import Desk
@@ -66,8 +66,13 @@ def combine(config: Config, seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -135,7 +140,7 @@ def _mean(curve: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _stage(desk: Desk, data: str, stage: Stage, level: dict[str, Any]) -> dict[str, Any]:
-    picked = story.chosen(desk, stage.selection)
+    picked = evidence.chosen(desk, stage.selection)
     table = desk.store.curricula.read(stage.selection)
     metrics = [m for _, policy, _ in stage.checkpoints for m in desk.store.meta(policy)["metrics"]]
     return {
@@ -156,7 +161,7 @@ def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict
     """Return one exported stage: prompts in rank order, with what was known of each."""
     pool, table = desk.prompts(data, "pool"), desk.store.curricula.read(selection)
     row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    uids = story.chosen(desk, selection)
+    uids = evidence.chosen(desk, selection)
     part, at = pool.take(pool.rows_of(uids)), [row[uid] for uid in uids]
     policy = arm.start if stage.number == 0 else arm.stages[stage.number - 1].checkpoints[-1][1]
     known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs")

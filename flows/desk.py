@@ -62,7 +62,7 @@ class Desk:
 
     def projection(self, policy: Policy) -> SparseProjection:
         """Return the projection that all gradients of this run go through."""
-        from pipeline.gradients import projection_for
+        from pipeline.features import projection_for
 
         features = self.config.features
         if self._projection is None:

@@ -70,7 +70,7 @@ def import_rollouts(desk: Desk, data: str) -> list[str]:
 
 def featurize(desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str) -> list[str]:
     """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
-    from pipeline.gradients import sketch_gradients
+    from pipeline.features import sketch_gradients
 
     settings, size, keys = desk.config.features, desk.config.evidence.shard, []
     stored = evidence.read_rollouts_of(desk, rollouts, uids)

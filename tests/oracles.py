@@ -50,17 +50,23 @@ def fuse_by_sorting(scores: np.ndarray, budget: int) -> list[float]:
     return fused
 
 
-def dense_projection(layout: Mapping[str, int], dim_out: int, *, keep: float, seed: int) -> np.ndarray:
-    """The (dim_in, dim_out) matrix of a projection, one hash a coordinate in Python integers."""
+def dense_projection(layout: Mapping[str, int], dim_out: int, *, keep: float, seed: int, width: int) -> np.ndarray:
+    """The (dim_in, dim_out) matrix of a two-stage projection, coordinate by coordinate in Python integers."""
     rows = []
     for name, size in layout.items():
         for i in range(size):
-            bits = _splitmix((i + keyed_seed("projection", seed, name)) % 2**64)
+            block = _hashed(i // width, "projection", seed, name)
+            entry = (i % width + ((block >> 32) * width >> 32)) % width
+            bits = _hashed(entry, "projection", seed)
             row = [0.0] * dim_out
-            if (_splitmix(bits) >> 11) / 2.0**53 < keep:
-                row[((bits >> 32) * dim_out) >> 32] = (1.0 if bits & 1 else -1.0) / math.sqrt(keep)
+            if (_hashed(i, "kept", seed, name) >> 11) / 2.0**53 < keep:
+                row[(bits >> 32) * dim_out >> 32] = (-1.0) ** (block % 2 + bits % 2) / math.sqrt(keep)
             rows.append(row)
     return np.array(rows)
+
+
+def _hashed(counter: int, *identity: object) -> int:
+    return _splitmix((counter + keyed_seed(*identity)) % 2**64)
 
 
 def _splitmix(x: int) -> int:

@@ -20,7 +20,8 @@ from pipeline.embedded.families import example
 from pipeline.embedded.warm_start import untrained_policy
 from pipeline.generation import Request, Sampling
 from pipeline.generation.transformers import TransformersGenerate
-from pipeline.gradients import projection_for, prompt_gradients, sketch_gradients
+from pipeline.features import projection_for, sketch_gradients
+from pipeline.gradients import prompt_gradients
 from pipeline.policy import collate, token_logps
 from pipeline.records import Rollouts
 from stores import open_store
@@ -48,7 +49,7 @@ def main() -> None:
 
     results = {
         "one gradient per prompt / plain batched forward and backward": _ratio(
-            lambda: prompt_gradients(policy, rollouts, "cropi_is", lambda name, grads: None), plain
+            lambda: prompt_gradients(policy, rollouts, "cropi_is", lambda *part, **rows: None), plain
         ),
         "the same, sketched to 8192 / plain": _ratio(
             lambda: sketch_gradients(policy, rollouts, "cropi_is", projection), plain

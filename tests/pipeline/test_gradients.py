@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.gradients import capture, projection_for, prompt_gradients, sketch_gradients
+from pipeline.capture import capture
+from pipeline.features import projection_for, sketch_gradients
+from pipeline.gradients import prompt_gradients
 from pipeline.objective import OBJECTIVES
 from pipeline.records import Rollouts
 from tests.oracles import gradients_by_loop
@@ -22,13 +24,14 @@ def policy(request):
 
 def collect(policy, rollouts, objective="cropi_is", **options):
     """Sum what the sink is given, and return it by prompt and by parameter."""
-    total = {}
+    total = {uid: {name: torch.zeros(p.shape) for name, p in policy.trainable().items()} for uid in rollouts.groups()}
 
-    def sink(name, grads):
-        total[name] = total[name] + grads if name in total else grads.clone()
+    def sink(name, prompts, grads, rows=None):
+        for uid, grad in zip(list(total)[prompts], grads, strict=True):
+            total[uid][name][slice(None) if rows is None else rows] += grad
 
-    uids = prompt_gradients(policy, rollouts, objective, sink, **options)
-    return {uid: {name: grads[p] for name, grads in total.items()} for p, uid in enumerate(uids)}
+    assert prompt_gradients(policy, rollouts, objective, sink, **options) == list(total)
+    return total
 
 
 def assert_equal(ours, expected, rounding=ROUNDING):
@@ -125,7 +128,7 @@ def test_a_diverged_policy_is_refused_by_prompt(llama, make_rollouts):
     before = list(llama.trainable())
     with torch.no_grad():
         llama.model.lm_head.weight[3] = float("nan")
-    for function, last in ((prompt_gradients, lambda name, grads: None), (sketch_gradients, projection_for(llama, 8))):
+    for function, last in ((prompt_gradients, lambda *part, **rows: None), (sketch_gradients, projection_for(llama, 8))):
         with pytest.raises(FloatingPointError, match="prompt-0"):
             function(llama, rollouts, "cropi_is", last)
     assert list(llama.trainable()) == before
@@ -153,7 +156,7 @@ def test_a_layer_whose_rows_are_not_rollouts_is_refused():
             return self.linear(x.reshape(-1, 3))
 
     model = Flattening()
-    with pytest.raises(ValueError, match=r"Linear.*linear\.bias.*8 rows for 4"), capture(model, [2, 2], print):
+    with pytest.raises(ValueError, match=r"Linear.*linear\.bias.*8 rows for 4"), capture(model, 4, print):
         model(torch.ones(4, 2, 3))
     assert all(p.requires_grad for p in model.parameters())
     assert not model.linear._forward_hooks

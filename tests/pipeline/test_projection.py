@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.random_projection import SparseRandomProjection
 
-from pipeline.projection import SparseProjection
+from pipeline.projection import WIDTH, SparseProjection
 from tests.oracles import dense_projection
 
 LAYOUT = {"embed": 20, "layer.weight": 33, "bias": 1, "head": 46}
@@ -23,13 +23,15 @@ def split(rows):
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.4])
-@pytest.mark.parametrize("dim_out", [1, 16, 500])
-def test_projection_is_its_dense_matrix(keep, dim_out):
-    """The sketch is the product with a matrix built coordinate by coordinate from the hash's definition."""
-    rows = draw(5)
+@pytest.mark.parametrize("dim_out", [1, 16, 100])
+@pytest.mark.parametrize("width", [7, 31, WIDTH])
+def test_projection_is_its_dense_matrix(keep, dim_out, width, monkeypatch):
+    """The sketch is the product with a matrix built coordinate by coordinate from the hashes' definition."""
+    monkeypatch.setattr("pipeline.projection.WIDTH", width)
+    rows, dim_out = draw(5), min(dim_out, width)
     sketch = SparseProjection(DIM, dim_out, keep=keep, seed=7, layout=LAYOUT)(rows)
     assert sketch.numpy() == pytest.approx(
-        rows.double().numpy() @ dense_projection(LAYOUT, dim_out, keep=keep, seed=7), abs=1e-5
+        rows.double().numpy() @ dense_projection(LAYOUT, dim_out, keep=keep, seed=7, width=width), abs=1e-5
     )
     assert sketch.dtype == torch.float32
 
@@ -42,20 +44,42 @@ def test_parameters_may_come_in_any_order(order):
     sketch, parts = projection.zeros(4), split(rows)
     for name in order:
         projection.add(sketch, name, parts[name])
-    assert torch.equal(sketch, projection(rows))
+    assert torch.equal(projection.finish(sketch), projection(rows))
 
 
-def test_parameters_may_come_in_shards():
-    """Added in two parts, and row by row, the sketch is the flat call's to float32 rounding."""
-    rows = draw(4)
-    projection = SparseProjection(DIM, 16, keep=0.5, layout=LAYOUT)
-    whole, sketch = projection(rows), projection.zeros(4)
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("width", [7, WIDTH])
+@pytest.mark.parametrize("seed", range(5))
+def test_parameters_may_come_in_shards(keep, width, seed, monkeypatch):
+    """Cut anywhere, in any order, added twice by halves, and row by row: the sketch is exactly that of the flat call."""
+    monkeypatch.setattr("pipeline.projection.WIDTH", width)
+    rng, rows = np.random.default_rng(seed), draw(4).mul(10).round()
+    projection = SparseProjection(DIM, 7, keep=keep, layout=LAYOUT)
+    whole, table, shards = projection(rows) * np.sqrt(keep), projection.zeros(4), []
     for name, part in split(rows).items():
-        first = part * (torch.arange(4) < 2)[:, None]
-        projection.add(sketch, name, first)
-        projection.add(sketch, name, part - first)
-    assert sketch.numpy() == pytest.approx(whole.numpy(), abs=1e-5)
-    assert torch.cat([projection(row[None]) for row in rows]).numpy() == pytest.approx(whole.numpy(), abs=1e-5)
+        cuts = [0, *sorted(rng.integers(0, LAYOUT[name] + 1, 3).tolist()), LAYOUT[name]]
+        shards += [(name, part[:, a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    for i in rng.permutation(len(shards)):
+        name, part, start = shards[i]
+        for half in (part / 2, part / 2):
+            projection.add(table, name, half, start=start)
+    assert torch.equal((projection.finish(table) * np.sqrt(keep)).round(), whole.round())
+    one = SparseProjection(DIM, 7, keep=keep, layout=LAYOUT)
+    assert torch.cat([one(row[None]) for row in rows]).numpy() == pytest.approx(projection(rows).numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("width", [7, WIDTH])
+def test_rows_of_a_matrix_may_come_alone(keep, width, monkeypatch):
+    """The rows of an embedding that occurred give the sketch of the whole gradient, whose other rows are zero."""
+    monkeypatch.setattr("pipeline.projection.WIDTH", width)
+    projection = SparseProjection(60, 6, keep=keep, layout={"embed": 60})
+    grads, rows = draw(1, 12).mul(10).round().view(3, 4), torch.tensor([11, 0, 7])
+    dense = torch.zeros(15, 4)
+    dense[rows] = grads
+    table = projection.zeros(1)
+    projection.add_rows(table[0], "embed", grads, rows)
+    assert projection.finish(table).numpy() == pytest.approx(projection(dense.view(1, -1)).numpy(), abs=1e-4)
 
 
 def test_the_layout_order_does_not_matter():
@@ -91,8 +115,9 @@ def test_inner_products_are_unbiased(keep):
     assert abs(np.mean(seen) - float(a @ b)) < 4 * error
 
 
-def test_kept_coordinates_come_from_the_whole_range():
+def test_kept_coordinates_come_from_the_whole_range(monkeypatch):
     """Each tenth of the gradient keeps its share of coordinates, to four standard deviations."""
+    monkeypatch.setattr("pipeline.projection.WIDTH", 61)
     dim, keep = 4000, 0.25
     kept = SparseProjection(dim, 8, keep=keep)(torch.eye(dim)).abs().sum(dim=1) > 0
     counts = kept.reshape(10, -1).sum(dim=1).numpy()
@@ -131,6 +156,8 @@ def test_low_precision_is_summed_in_float32():
     [
         ({"dim_in": 0, "dim_out": 4}, "dim_in = 0"),
         ({"dim_in": 4, "dim_out": 0}, "dim_out = 0"),
+        ({"dim_in": 4, "dim_out": 5}, "dim_out = 5 exceeds the gradient's 4"),
+        ({"dim_in": 10**6, "dim_out": 70_000}, "dim_out = 70000 exceeds 65521"),
         ({"dim_in": 4, "dim_out": 4, "keep": 0.0}, r"keep = 0\.0"),
         ({"dim_in": 4, "dim_out": 4, "keep": 1.1}, r"keep = 1\.1"),
         ({"dim_in": 4, "dim_out": 4, "layout": {"a": 3}}, "layout adds up to 3"),
@@ -142,7 +169,7 @@ def test_impossible_sizes_are_refused(arguments, message):
         SparseProjection(**arguments)
 
 
-@pytest.mark.parametrize(("name", "size"), [("head", 45), ("unknown", 46)])
+@pytest.mark.parametrize(("name", "size"), [("head", 47), ("unknown", 46)])
 def test_a_parameter_outside_the_layout_is_refused(name, size):
     """A parameter of another name or size is refused by name."""
     projection = SparseProjection(DIM, 8, layout=LAYOUT)

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.scope import Scope, everything, parameters_of
+
 WHOLE = 1 << 22  # entries up to which the gradients of several prompts are formed in one product: 16 MiB
 
 
@@ -56,28 +58,38 @@ class Sink(Protocol):
 
 
 @contextmanager
-def capture(model: nn.Module, rows: int, handler: Callable[[Layer], None]) -> Iterator[None]:
-    """Hand every trainable layer's inputs and output gradients to ``handler`` during a forward and backward pass.
+def capture(
+    model: nn.Module,
+    rows: int,
+    handler: Callable[[Layer], None],
+    *,
+    scope: Scope | None = None,
+    entered: nn.Module | None = None,
+) -> Iterator[None]:
+    """Hand the layers' inputs and output gradients to ``handler`` during a forward and backward pass.
 
     Args:
         model: rows of its inputs are independent of each other.
         rows: how many there are.
         handler: called for each use of a layer, from the last to the first.
+        scope: the layers, all that train by default; their weights are frozen meanwhile.
+        entered: freeze them only from the moment that this module is entered: what comes before it still trains.
 
     Raises:
         ValueError: nothing is trainable, or a layer's first axis is not the rows, so that they cannot be told apart.
     """
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError("model has no trainable parameter: unfreeze some, or add an adapter")
-    owned = {
-        module: {key: trainable[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in trainable}
-        for module in model.modules()
-    }
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for p in parameters:
-        p.requires_grad_(False)
-    hooks = [module.register_forward_hook(_hook(names, rows, handler)) for module, names in owned.items() if names]
+    scope = everything(model) if scope is None else scope
+    parameters = list(parameters_of(scope).values())
+
+    def freeze(*_: object) -> None:
+        for p in parameters:
+            p.requires_grad_(False)
+
+    hooks: list[Any] = [m.register_forward_hook(_hook(names, rows, handler)) for m, names in scope.items()]
+    if entered is None:
+        freeze()
+    else:
+        hooks.append(entered.register_forward_pre_hook(freeze))
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from pipeline.packing import pack, passes
 from pipeline.policy import Policy
 from pipeline.projection import SparseProjection
 from pipeline.records import Rollouts
+from pipeline.scope import Scope, parameters_of
 
 Projection = SparseProjection | FactoredProjection
 
@@ -34,6 +35,7 @@ def sketch_gradients(
     *,
     micro_tokens: int = 65_536,
     metric: Mapping[str, Tensor] | None = None,
+    scope: Scope | None = None,
     watch: Watch | None = None,
 ) -> tuple[list[str], Float[np.ndarray, "prompts dim"]]:
     """Return each prompt's projected gradient; no full gradient outlives its own parameter's turn.
@@ -45,6 +47,7 @@ def sketch_gradients(
         projection: see ``projection_for``.
         micro_tokens: most tokens in one backward pass.
         metric: M by parameter name, see ``adam_metric``; the identity by default.
+        scope: the layers to differentiate, those of the projection; all that train by default.
         watch: sees the log-probabilities that the pass makes anyway.
 
     Raises:
@@ -60,7 +63,7 @@ def sketch_gradients(
         start, count = members[0], members[-1] - members[0] + 1
         table = projection.zeros(count, policy.device)
         handler = sketcher(projection, table, start, root)
-        backward(policy, rollouts, objective, handler, parts, uids, watch=watch)
+        backward(policy, rollouts, objective, handler, parts, uids, scope=scope, watch=watch)
         sketches.append(projection.finish(table).cpu().numpy())
     rows = np.concatenate(sketches) if sketches else np.empty((0, projection.dim_out), np.float32)
     finite = np.isfinite(rows).all(axis=1)
@@ -70,10 +73,17 @@ def sketch_gradients(
 
 
 def projection_for(
-    policy: Policy, dim_out: int, *, kind: str = "sparse", keep: float = 1.0, seed: int = 0
+    policy: Policy,
+    dim_out: int,
+    *,
+    kind: str = "sparse",
+    keep: float = 1.0,
+    seed: int = 0,
+    scope: Scope | None = None,
 ) -> Projection:
-    """Return the projection of this policy's trainable parameters, ``sparse`` or ``factored``."""
-    layout = {name: p.numel() for name, p in policy.trainable().items()}
+    """Return the ``sparse`` or ``factored`` projection of this policy's trainable parameters, or of those in a scope."""
+    parameters = policy.trainable() if scope is None else parameters_of(scope)
+    layout = {name: p.numel() for name, p in parameters.items()}
     if kind == "sparse":
         return SparseProjection(sum(layout.values()), dim_out, keep=keep, seed=seed, layout=layout)
     if kind == "factored" and keep == 1.0:

@@ -21,6 +21,7 @@ from pipeline.objective import OBJECTIVES
 from pipeline.packing import Row, pack, packed_logps, passes
 from pipeline.policy import Policy
 from pipeline.records import Rollouts
+from pipeline.scope import Scope, everything, only
 
 Handler = Callable[[Layer, list[int], int], None]
 """Takes a layer, the rows of each of its prompts, and the number of the first of them."""
@@ -65,6 +66,7 @@ def backward(
     parts: list[list[Row]],
     uids: list[str],
     *,
+    scope: Scope | None = None,
     watch: Watch | None = None,
 ) -> None:
     """Run the backward passes of some whole groups; with several passes the coefficients are made beforehand.
@@ -76,18 +78,22 @@ def backward(
         handler: receives each layer.
         parts: the passes, from ``pipeline.packing.passes``.
         uids: the prompts of the batch, in order.
+        scope: the layers to differentiate; all that train by default.
         watch: sees the log-probabilities.
     """
     members = [i for rows in parts for row in rows for i in row.rollouts]
     group = rollouts.take(members)
     owner = np.array([row.prompt for rows in parts for row in rows for _ in row.rollouts])
-    known = None if len(parts) == 1 else _known(policy, rollouts, parts)
+    known = None if len(parts) == 1 else logps_of(policy, rollouts, parts)
     weights = None if known is None else coefficients(objective, known, group, owner, uids)
+    layers = everything(policy.model) if scope is None else scope
     start = 0
     for rows in parts:
         first = rows[0].prompt
         sizes = np.bincount([row.prompt - first for row in rows]).tolist()
-        with capture(policy.model, len(rows), partial(_hand, handler, sizes, first)):
+        with only(policy.model, layers), capture(
+            policy.model, len(rows), partial(_hand, handler, sizes, first), scope=layers
+        ):
             logp = packed_logps(policy, rollouts, rows)
             if weights is None:
                 known = logp.detach().cpu().numpy()
@@ -129,7 +135,7 @@ def _hand(handler: Handler, sizes: list[int], first: int, layer: Layer) -> None:
     handler(layer, sizes, first)
 
 
-def _known(policy: Policy, rollouts: Rollouts, parts: list[list[Row]]) -> np.ndarray:
+def logps_of(policy: Policy, rollouts: Rollouts, parts: list[list[Row]]) -> Float[np.ndarray, "rollouts tokens"]:
     """Return the log-probabilities of a group that takes several passes: its coefficients need all of them."""
     with torch.no_grad():
         found = [packed_logps(policy, rollouts, rows).cpu().numpy() for rows in parts]

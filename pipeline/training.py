@@ -22,12 +22,15 @@ from torch import Tensor
 
 from pipeline.advantages import has_signal
 from pipeline.beliefs import update
-from pipeline.gradients import prompt_gradients
+from pipeline.features import sketch_gradients
 from pipeline.policy import Policy
-from pipeline.projection import SparseProjection
 from pipeline.records import Prompts, Rollouts
-from pipeline.reweight import Diagnostics, diagnose, diem_weights, temper
+from pipeline.reference import Reference
 from pipeline.sampling import best_of_candidates, shuffle
+from pipeline.scope import last_block
+from pipeline.weighted import WAYS, plain
+
+ONLINE = "grpo"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Optimization:
         final: share of ``lr`` that is left at the end.
         clip_norm: largest gradient norm.
         micro_tokens: most tokens in one backward pass.
+        minibatch: prompts an update; 0 for the whole batch, so that a step is one update.
     """
 
     total_steps: int
@@ -51,6 +55,7 @@ class Optimization:
     final: float
     clip_norm: float
     micro_tokens: int
+    minibatch: int = 0
 
     def lr_at(self, step: int) -> float:
         """Return the step size of optimizer step ``step``, counted from 0."""
@@ -72,23 +77,6 @@ class Batches:
     eta: float
     candidates: int
     seed: int
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A reference gradient for DIEM, in the space of a projection.
-
-    Attributes:
-        direction: mean validation gradient, projected; (dim,).
-        projection: the projection it went through; the batch goes through the same.
-        ridge: damping of the Gram matrix, relative to its mean diagonal.
-        strength: share of the weights that is mixed with one.
-    """
-
-    direction: Float[np.ndarray, " dim"]
-    projection: SparseProjection
-    ridge: float
-    strength: float
 
 
 @dataclass(frozen=True)
@@ -141,7 +129,7 @@ def train(
         counts = _counts(rollouts)
         s, f = (np.array([counts.get(uid, (0, 0))[i] for uid in prompts.prompt_uid], float) for i in (0, 1))
         alpha, beta = update(alpha, beta, s, f, discount=batches.discount)
-        weights, facts = _update(policy, optimizer, rollouts, len(rows), step, optimization, reference)
+        weights, facts = _updates(policy, optimizer, rollouts, step, optimization, reference)
         facts |= {
             "step": step + 1,
             "reward": float(np.mean(rollouts.reward)),
@@ -197,6 +185,39 @@ def _counts(rollouts: Rollouts) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _updates(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    step: int,
+    optimization: Optimization,
+    reference: Reference | None,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Update once a minibatch; facts are means over the updates."""
+    uids, groups = list(rollouts.groups()), rollouts.groups()
+    size = optimization.minibatch or len(uids)
+    if reference is not None and reference.source == "rollout_batch":
+        reference.direction = _features(policy, rollouts, optimization, reference).sum(axis=0)
+    weights: dict[str, float] = {}
+    told = []
+    for start in range(0, len(uids), size):
+        part = rollouts.take([i for uid in uids[start : start + size] for i in groups[uid]])
+        used, facts = _update(policy, optimizer, part, len(uids[start : start + size]), step, optimization, reference)
+        weights |= used
+        told.append(facts)
+    if len(told) == 1:
+        return weights, told[0]
+    names = dict.fromkeys(name for facts in told for name in facts)
+    return weights, {name: float(np.mean([facts[name] for facts in told if name in facts])) for name in names}
+
+
+def _features(policy: Policy, rollouts: Rollouts, optimization: Optimization, reference: Reference) -> np.ndarray:
+    scope = last_block(policy.model)[1] if reference.way == "scope" else None
+    return sketch_gradients(
+        policy, rollouts, ONLINE, reference.projection, micro_tokens=optimization.micro_tokens, scope=scope
+    )[1]
+
+
 def _update(
     policy: Policy,
     optimizer: torch.optim.Optimizer,
@@ -207,44 +228,37 @@ def _update(
     reference: Reference | None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     groups = rollouts.groups()
-    live = [i for rows in groups.values() if has_signal(np.array([rollouts.reward[r] for r in rows])) for i in rows]
+    rows_of = [rows for rows in groups.values() if has_signal(np.array([rollouts.reward[r] for r in rows]))]
     facts: dict[str, Any] = {"lr": optimization.lr_at(step), "signal": 0.0, "gradient_norm": 0.0, "clipped": False}
-    if not live:
+    if not rows_of:
         return dict.fromkeys(groups, 1.0), facts
-    gradients: dict[str, Tensor] = {}
+    live = rollouts.take([i for rows in rows_of for i in rows])
+    used: list[np.ndarray] = []
 
-    def keep(name: str, grads: Tensor) -> None:
-        gradients[name] = gradients[name] + grads if name in gradients else grads
+    def weigh(features: np.ndarray) -> np.ndarray:
+        assert reference is not None
+        weights, diagnostics = reference.weigh(features, step)
+        used.append(weights)
+        facts.update({f"diem_{name}": value for name, value in asdict(diagnostics).items()})
+        return weights
 
-    uids = prompt_gradients(policy, rollouts.take(live), "grpo", keep, micro_tokens=optimization.micro_tokens)
-    used, diagnostics = _weights(gradients, reference)
-    for name, parameter in policy.trainable().items():
-        mixed = torch.tensordot(torch.from_numpy(used).to(gradients[name]), gradients[name], dims=1)
-        parameter.grad = (-mixed / size).to(parameter.dtype)
+    if reference is None:
+        plain(policy, live, ONLINE, micro_tokens=optimization.micro_tokens)
+    else:
+        way = WAYS[reference.way]
+        way(policy, live, ONLINE, reference.projection, weigh, micro_tokens=optimization.micro_tokens)
+    for parameter in policy.trainable().values():
+        if parameter.grad is not None:
+            parameter.grad.div_(-size)
     norm = float(torch.nn.utils.clip_grad_norm_(list(policy.trainable().values()), optimization.clip_norm))
     if not np.isfinite(norm):
-        raise FloatingPointError(f"step {step + 1}: the gradient norm is {norm}; prompts of the batch: {uids[:3]}...")
+        raise FloatingPointError(
+            f"step {step + 1}: the gradient norm is {norm}; prompts of the batch: {list(groups)[:3]}..."
+        )
     for group in optimizer.param_groups:
         group["lr"] = facts["lr"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    facts |= {"signal": len(uids) / size, "gradient_norm": norm, "clipped": norm > optimization.clip_norm}
-    facts |= {f"diem_{name}": value for name, value in asdict(diagnostics).items()} if diagnostics else {}
-    return {uid: 1.0 for uid in groups} | dict(zip(uids, used.tolist(), strict=True)), facts
-
-
-def _weights(
-    gradients: dict[str, Tensor], reference: Reference | None
-) -> tuple[Float[np.ndarray, " prompts"], Diagnostics | None]:
-    """Return the weight of each prompt; Gram matrix and importance live in the reference's projected space."""
-    count = len(next(iter(gradients.values())))
-    if reference is None:
-        return np.ones(count), None
-    sketch = reference.projection.zeros(count, next(iter(gradients.values())).device)
-    for name, grads in gradients.items():
-        reference.projection.add(sketch, name, grads.flatten(1))
-    rows = sketch.double().cpu().numpy()
-    gram, importance = rows @ rows.T, rows @ reference.direction.astype(float)
-    raw = diem_weights(gram, importance, ridge=reference.ridge)
-    used = temper(raw, reference.strength)
-    return used, diagnose(gram, raw, used, ridge=reference.ridge)
+    facts |= {"signal": len(rows_of) / size, "gradient_norm": norm, "clipped": norm > optimization.clip_norm}
+    weights = used[0].tolist() if used else [1.0] * len(rows_of)
+    return dict.fromkeys(groups, 1.0) | dict(zip(live.groups(), weights, strict=True)), facts

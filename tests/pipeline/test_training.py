@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.gradients import projection_for, sketch_gradients
+from pipeline.features import projection_for, sketch_gradients
 from pipeline.policy import collate, token_logps
 from pipeline.records import Rollouts
-from pipeline.training import Batches, Optimization, Reference, make_optimizer, optimizer_state, train
+from pipeline.reference import Reference
+from pipeline.training import Batches, Optimization, make_optimizer, optimizer_state, train
 
 PAIRS = [(f"{i}+{i}=", str(2 * i)) for i in range(5)]
 SETTINGS = Optimization(
@@ -182,7 +183,7 @@ def reference_of(policy, prompts, strength, ridge=0.0, own=True):
     projection = projection_for(policy, 512)
     _, rows = sketch_gradients(policy, rollouts, "grpo", projection)
     direction = rows.sum(axis=0) if own else np.random.default_rng(0).standard_normal(512).astype(np.float32)
-    return Reference(direction, projection, ridge, strength)
+    return Reference("validation", "exact", projection, direction, ridge, strength)
 
 
 def test_the_batch_as_its_own_reference_is_reported_as_a_no_op(llama, prompts):

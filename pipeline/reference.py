@@ -1,0 +1,64 @@
+r"""What a step is aligned with: the reference gradient of DIEM, in the space of a projection.
+
+    minibatch       sum of the minibatch's own features: weights of one, up to the ridge (arXiv:2608.29252, literal)
+    rollout_batch   sum over the whole rollout batch, of which the minibatch is a part
+    ema             m <- d m + (1 - d) sum of the minibatch, of the batches before this one
+    validation      mean gradient of the validation sets, made elsewhere
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from pipeline.features import Projection
+from pipeline.reweight import Diagnostics, diagnose, diem_weights, temper
+
+SOURCES = ("minibatch", "rollout_batch", "ema", "validation")
+
+
+@dataclass
+class Reference:
+    """A reference gradient, and how far it is followed.
+
+    Attributes:
+        source: one of ``SOURCES``.
+        way: how features are made; see ``pipeline.weighted``.
+        projection: the projection of batch and reference.
+        direction: the reference; None while there is none, and for ``minibatch``. Moves with ``ema``.
+        ridge: damping of the Gram matrix, relative to its mean diagonal.
+        strength: share of the weights that is mixed with one.
+        decay: d of ``ema``.
+    """
+
+    source: str
+    way: str
+    projection: Projection
+    direction: Float[np.ndarray, " dim"] | None
+    ridge: float
+    strength: float
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.source not in SOURCES:
+            raise ValueError(f"source = {self.source!r}: choose one of {', '.join(SOURCES)}")
+        if self.source == "validation" and self.direction is None:
+            raise ValueError("source = 'validation' needs direction: the mean validation gradient, projected")
+
+    def weigh(
+        self, features: Float[np.ndarray, "prompts dim"], step: int
+    ) -> tuple[Float[np.ndarray, " prompts"], Diagnostics]:
+        """Return the weights of a minibatch at an optimizer step, and what they did."""
+        rows = features.astype(float)
+        gram, total = rows @ rows.T, rows.sum(axis=0)
+        direction = total if self.source == "minibatch" else self.direction
+        if direction is None:  # the first batch of a moving average: nothing to align with yet
+            raw = np.ones(len(rows))
+        else:
+            raw = diem_weights(gram, rows @ direction.astype(float), ridge=self.ridge)
+        if self.source == "ema":
+            self.direction = total if self.direction is None else self.decay * self.direction + (1 - self.decay) * total
+        used = temper(raw, self.strength)
+        return used, diagnose(gram, raw, used, ridge=self.ridge)

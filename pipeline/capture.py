@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -43,6 +44,20 @@ class Layer:
     names: dict[str, str]
     x: Tensor
     b: Tensor
+
+    @cached_property
+    def scale_gradients(self) -> Tensor:
+        """Each row's gradient of an RMS norm's scale, (rows, dim): the layer's own product, once for all rows."""
+        (key, _), x = next(iter(self.names.items())), self.x.float()
+        frozen = getattr(self.module, key)
+        lifted = frozen.detach().float().expand(len(x), *[1] * (x.dim() - 2), -1).clone().requires_grad_()
+        try:
+            self.module._parameters[key] = lifted  # type: ignore[assignment]  # one copy a row: a scale acts entrywise
+            with torch.enable_grad():
+                out = self.module.forward(x)
+            return torch.autograd.grad(out, lifted, self.b.to(out.dtype))[0].flatten(1)
+        finally:
+            self.module._parameters[key] = frozen
 
 
 @runtime_checkable
@@ -130,7 +145,7 @@ def materialize(layer: Layer, sizes: Sequence[int], first: int, sink: Sink) -> N
             grads = torch.zeros(len(rows), bp.shape[-1], device=b.device)
             sink(names["weight"], slice(p, p + 1), grads.index_add_(0, at, bp.flatten(0, -2).float())[None], rows)
     elif is_norm(module):
-        sink(names["weight"], everyone, _per_prompt(scale_gradients(layer), sizes))
+        sink(names["weight"], everyone, _per_prompt(layer.scale_gradients, sizes))
     else:
         for name, grads in layer_vjp(layer, sizes).items():
             sink(name, everyone, grads)
@@ -139,20 +154,6 @@ def materialize(layer: Layer, sizes: Sequence[int], first: int, sink: Sink) -> N
 def is_norm(module: nn.Module) -> bool:
     """Return whether a layer is an RMS norm: every model has its own class, and all multiply entrywise by a scale."""
     return type(module).__name__.endswith("RMSNorm")
-
-
-def scale_gradients(layer: Layer) -> Tensor:
-    """Return each row's gradient of an RMS norm's scale, (rows, dim): the layer's own product, once for all rows."""
-    (key, _), x = next(iter(layer.names.items())), layer.x.float()
-    frozen = getattr(layer.module, key)
-    lifted = frozen.detach().float().expand(len(x), *[1] * (x.dim() - 2), -1).clone().requires_grad_()
-    try:
-        layer.module._parameters[key] = lifted  # type: ignore[assignment]  # one copy a row: the scale acts entrywise
-        with torch.enable_grad():
-            out = layer.module.forward(x)
-        return torch.autograd.grad(out, lifted, layer.b.to(out.dtype))[0].flatten(1)
-    finally:
-        layer.module._parameters[key] = frozen
 
 
 def _hook(names: dict[str, str], rows: int, handler: Callable[[Layer], None]) -> Callable[..., Tensor]:

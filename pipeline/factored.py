@@ -28,6 +28,7 @@ from pipeline.projection import hashed
 from pipeline.records import keyed_seed
 
 REVISION = 1
+NARROW = 1 << 15  # entries up to which a sketch's matrix is kept and multiplied by: the calls cost more than the flops
 
 
 class FactoredProjection:
@@ -47,7 +48,7 @@ class FactoredProjection:
             raise ValueError(f"dim_out = {dim_out}: from 4 to the gradient's {sum(layout.values())} coordinates")
         self.side = math.isqrt(dim_out)
         self.dim_out, self.seed, self.layout = self.side**2, seed, dict(layout)
-        self._sides: dict[tuple[str, str, int, torch.device], tuple[list[int], Tensor]] = {}
+        self._sides: dict[tuple[str, str, int, torch.device], tuple[list[int], Tensor, Tensor | None]] = {}
 
     @property
     def identity(self) -> dict[str, object]:
@@ -77,7 +78,7 @@ class FactoredProjection:
 
         The vocabulary is the first side, as it is in a head that is tied to the embedding.
         """
-        rolls, signs = self._side(name, "out", vocabulary, ids.device)
+        rolls, signs, _ = self._side(name, "out", vocabulary, ids.device)
         bucket = (ids % self.side + torch.tensor(rolls, device=ids.device)[ids // self.side]) % self.side
         one_hot = torch.nn.functional.one_hot(bucket, self.side).float() * signs[ids].unsqueeze(-1)
         return one_hot.transpose(1, 2) @ self.fold(name, "in", b)
@@ -92,9 +93,14 @@ class FactoredProjection:
         return table.flatten(1)
 
     def fold(self, name: str, side: str, x: Float[Tensor, "rows tokens size"]) -> Float[Tensor, "rows tokens p"]:
-        """Return the CountSketch of the last axis: blocks of p coordinates, rolled and added."""
+        """Return the CountSketch of the last axis: blocks of p coordinates, rolled and added.
+
+        A narrow layer is multiplied by the sketch's matrix instead, which is the same map in one call.
+        """
         size, p = x.shape[-1], self.side
-        rolls, signs = self._side(name, side, size, x.device)
+        rolls, signs, matrix = self._side(name, side, size, x.device)
+        if matrix is not None:
+            return x.float() @ matrix
         signed = x.float() * signs
         out = signed.new_zeros(*x.shape[:-1], p)
         for block, roll in enumerate(rolls):
@@ -105,16 +111,23 @@ class FactoredProjection:
                 out[..., : high - low - split] += signed[..., low + split : high]
         return out
 
-    def _side(self, name: str, side: str, size: int, device: torch.device) -> tuple[list[int], Tensor]:
-        """Return the roll of each block and the sign of each coordinate of one side of a parameter."""
+    def _side(
+        self, name: str, side: str, size: int, device: torch.device
+    ) -> tuple[list[int], Tensor, Tensor | None]:
+        """Return the roll of each block and the sign of each coordinate of one side, and their matrix if it is small."""
         if name not in self.layout:
             raise ValueError(f"parameter {name!r} is not in the layout, which holds {sorted(self.layout)[:8]}...")
         key = (name, side, size, device)
         if key not in self._sides:
             rolls = hashed(keyed_seed("factored roll", self.seed, name, side), -(-size // self.side))
             signs = hashed(keyed_seed("factored sign", self.seed, name, side), size) & np.uint64(1)
-            self._sides[key] = (
-                [int(r % np.uint64(self.side)) for r in rolls],
-                torch.from_numpy(signs.astype(np.float32) * 2 - 1).to(device),
-            )
+            rolled = [int(r % np.uint64(self.side)) for r in rolls]
+            sign = torch.from_numpy(signs.astype(np.float32) * 2 - 1)
+            matrix = None
+            if size * self.side <= NARROW:
+                i = torch.arange(size)
+                matrix = torch.zeros(size, self.side)
+                matrix[i, (i + torch.tensor(rolled)[i // self.side]) % self.side] = sign
+                matrix = matrix.to(device)
+            self._sides[key] = rolled, sign.to(device), matrix
         return self._sides[key]

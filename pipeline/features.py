@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.capture import Layer, is_norm, layer_vjp, materialize, scale_gradients
+from pipeline.capture import Layer, is_norm, layer_vjp, materialize
 from pipeline.factored import FactoredProjection
 from pipeline.gradients import Handler, Watch, backward, prompt_gradients
 from pipeline.packing import pack, passes
@@ -152,7 +152,7 @@ def _factored(projection: FactoredProjection, layer: Layer) -> list[Tensor]:
     if isinstance(module, nn.Embedding):
         return [projection.looked_up(names["weight"], x.flatten(1), b.flatten(1, -2), vocabulary=len(module.weight))]
     if is_norm(module):
-        return [projection.vector(names["weight"], scale_gradients(layer))]
+        return [projection.vector(names["weight"], layer.scale_gradients)]
     return []
 
 

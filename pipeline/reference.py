@@ -9,12 +9,15 @@ r"""What a step is aligned with: the reference gradient of DIEM, in the space of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from torch import nn
 
 from pipeline.features import Projection
 from pipeline.reweight import Diagnostics, diagnose, diem_weights, temper
+from pipeline.scope import Scope
 
 SOURCES = ("minibatch", "rollout_batch", "ema", "validation")
 
@@ -31,6 +34,7 @@ class Reference:
         ridge: damping of the Gram matrix, relative to its mean diagonal.
         strength: share of the weights that is mixed with one.
         decay: d of ``ema``.
+        block: last block and its scope, from ``pipeline.scope.last_block``, for the way ``scope``.
     """
 
     source: str
@@ -40,12 +44,20 @@ class Reference:
     ridge: float
     strength: float
     decay: float = 0.9
+    block: tuple[nn.Module, Scope] | None = None
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source = {self.source!r}: choose one of {', '.join(SOURCES)}")
         if self.source == "validation" and self.direction is None:
             raise ValueError("source = 'validation' needs direction: the mean validation gradient, projected")
+        if (self.way == "scope") != (self.block is not None):
+            raise ValueError(f"way = {self.way!r}: the last block is needed for the way 'scope', and only then")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the way takes besides the batch."""
+        return {"projection": self.projection} | ({"block": self.block} if self.block else {})
 
     def weigh(
         self, features: Float[np.ndarray, "prompts dim"], step: int

@@ -109,7 +109,8 @@ def diagnose(
     w, one = used[active], np.ones(int(active.sum()))
     plain, weighted = float(one @ P @ one), float(w @ P @ w)
     cosine = float(one @ P @ w) / np.sqrt(plain * weighted) if plain > 0 and weighted > 0 else 1.0
-    condition = float(np.linalg.cond(P + _damping(P, ridge))) if len(P) else 1.0
+    spectrum = np.linalg.eigvalsh(P + _damping(P, ridge)) if len(P) else np.ones(1)
+    condition = float(spectrum[-1] / max(spectrum[0], np.finfo(float).tiny))
     return Diagnostics(
         deviation=float(np.abs(used - 1).max(initial=0.0)),
         negatives=int((raw[active] <= 0).sum()),

@@ -27,7 +27,6 @@ from pipeline.policy import Policy
 from pipeline.records import Prompts, Rollouts
 from pipeline.reference import Reference
 from pipeline.sampling import best_of_candidates, shuffle
-from pipeline.scope import last_block
 from pipeline.weighted import WAYS, plain
 
 ONLINE = "grpo"
@@ -212,7 +211,7 @@ def _updates(
 
 
 def _features(policy: Policy, rollouts: Rollouts, optimization: Optimization, reference: Reference) -> np.ndarray:
-    scope = last_block(policy.model)[1] if reference.way == "scope" else None
+    scope = reference.block[1] if reference.block else None
     return sketch_gradients(
         policy, rollouts, ONLINE, reference.projection, micro_tokens=optimization.micro_tokens, scope=scope
     )[1]
@@ -246,7 +245,7 @@ def _update(
         plain(policy, live, ONLINE, micro_tokens=optimization.micro_tokens)
     else:
         way = WAYS[reference.way]
-        way(policy, live, ONLINE, reference.projection, weigh, micro_tokens=optimization.micro_tokens)
+        way(policy, live, ONLINE, weigh=weigh, micro_tokens=optimization.micro_tokens, **reference.options)
     for parameter in policy.trainable().values():
         if parameter.grad is not None:
             parameter.grad.div_(-size)

@@ -21,14 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from pipeline.capture import Layer, capture, is_norm, layer_vjp, scale_gradients
+from pipeline.capture import Layer, capture, is_norm, layer_vjp
 from pipeline.features import Projection, sketch_gradients, sketcher
 from pipeline.gradients import backward, coefficients, logps_of, prompt_gradients
 from pipeline.packing import pack, packed_logps, passes
 from pipeline.policy import Policy
 from pipeline.projection import SparseProjection
 from pipeline.records import Rollouts
-from pipeline.scope import everything, last_block
+from pipeline.scope import Scope, everything, last_block
 
 Weigh = Callable[[Float[np.ndarray, "prompts dim"]], Float[np.ndarray, " prompts"]]
 """Takes the features of a batch and returns its weights."""
@@ -113,14 +113,21 @@ def bookkeeping(
 
 
 def scope(
-    policy: Policy, rollouts: Rollouts, objective: str, projection: Projection, weigh: Weigh, *, micro_tokens: int
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: str,
+    projection: Projection,
+    weigh: Weigh,
+    *,
+    micro_tokens: int,
+    block: tuple[nn.Module, Scope] | None = None,
 ) -> None:
-    """Add sum_p W_p g_p to ``grad``, with features of the last block and the head alone.
+    """Add sum_p W_p g_p to ``grad``, with features of the last block and the head alone; ``block`` saves finding them.
 
     A batch that fits one pass is cut in two at the last block. A larger one makes a pass for the features first, which
     ends at that block, as a trainer's pass for log-probabilities would.
     """
-    block, layers = last_block(policy.model)
+    last, layers = block or last_block(policy.model)
     parts = list(passes(pack(rollouts), micro_tokens))
     if len(parts) > 1 or len(parts[0]) > 1:
         _, rows = sketch_gradients(policy, rollouts, objective, projection, micro_tokens=micro_tokens, scope=layers)
@@ -137,9 +144,9 @@ def scope(
         sketch(layer, sizes, 0)
 
     cut = _Cut()
-    hook = block.register_forward_pre_hook(cut, with_kwargs=True)
+    hook = last.register_forward_pre_hook(cut, with_kwargs=True)
     try:
-        with capture(policy.model, len(rows_), handler, scope=layers, entered=block):
+        with capture(policy.model, len(rows_), handler, scope=layers, entered=last):
             logp = packed_logps(policy, rollouts, rows_)
             members = [i for row in rows_ for i in row.rollouts]
             owner = np.array([row.prompt for row in rows_ for _ in row.rollouts])
@@ -153,7 +160,7 @@ def scope(
     cut.go_on(_of_rows(weights, sizes, policy.device))
 
 
-WAYS = {"exact": exact, "bookkeeping": bookkeeping, "scope": scope}
+WAYS: dict[str, Callable[..., None]] = {"exact": exact, "bookkeeping": bookkeeping, "scope": scope}
 KEPT = 1 << 28  # bytes of whole gradients, or of layer inputs and output gradients, that a way may keep: 256 MiB
 
 
@@ -200,7 +207,7 @@ def _add_weighted(policy: Policy, layer: Layer, sizes: Sequence[int], weights: n
     w = _of_rows(weights, sizes, x.device)
     if is_norm(module):
         key = next(iter(names))
-        _add_grad(getattr(module, key), (scale_gradients(layer) * w[:, None]).sum(0))
+        _add_grad(getattr(module, key), w @ layer.scale_gradients)
         return
     b = layer.b.float() * w.view(-1, *[1] * (layer.b.dim() - 1))
     flat = b.reshape(-1, b.shape[-1])

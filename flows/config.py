@@ -104,7 +104,7 @@ class Beliefs(Section):
 class Features(Section):
     """``[features]``: the gradient of a prompt and its projection."""
 
-    objective: Literal["cropi_is", "cropi", "rft"] = "cropi_is"
+    objective: Literal["grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = "grpo_sequence"
     dim: int = Field(8192, ge=1)
     keep: float = Field(1.0, gt=0, le=1)
     seed: int = 0

@@ -1,10 +1,12 @@
 r"""Group-relative advantages and importance ratios.
 
-CROPI, arXiv:2510.26491, as released; GRPO's group baseline.
+CROPI, arXiv:2510.26491, as released; GRPO's group baseline; the leave-one-out baseline of Kool et al. 2019.
 
-    A_k = (R_k - mean_j R_j) / (std_j R_j + 1e-4)              std unbiased (ddof = 1)
-    w_k = min(exp(sum_t logp_new_kt - logp_old_kt), c)          clipped sequence importance weight
-    mean_w = sum_k w_k R_k / sum_k w_k,   std_w^2 = sum_k w_k (R_k - mean_w)^2 / sum_k w_k
+    A_k   = (R_k - mean_j R_j) / (std_j R_j + 1e-4)             std unbiased (ddof = 1)
+    w_k   = min(exp(sum_t logp_new_kt - logp_old_kt), c)        clipped sequence importance weight
+    A^w_k = (R_k - mean_w) / (std_w + 1e-4)                     mean_w = sum_k w_k R_k / sum_k w_k
+                                                                std_w^2 = sum_k w_k (R_k - mean_w)^2 / sum_k w_k
+    R_k - b_k                                                   b_k = mean_w over the group without k
 """
 
 from __future__ import annotations
@@ -41,6 +43,21 @@ def weighted_group_advantages(
     return out
 
 
+def leave_one_out_advantages(
+    rewards: Float[np.ndarray, " rollouts"],
+    weights: Float[np.ndarray, " rollouts"],
+    owner: Int[np.ndarray, " rollouts"],
+) -> Float[np.ndarray, " rollouts"]:
+    """Return R_k - b_k, whose baseline does not depend on rollout k; a group of one has advantage zero."""
+    out = np.zeros(len(rewards))
+    for rows in _groups(owner):
+        for k in rows if len(rows) > 1 else ():
+            others = rows[rows != k]
+            weight = weights[others] if weights[others].any() else np.ones(len(others))  # all weight sits on k
+            out[k] = rewards[k] - np.average(rewards[others], weights=weight)
+    return out
+
+
 def sequence_weights(log_ratio: Float[np.ndarray, " rollouts"], *, clip: float = 5.0) -> Float[np.ndarray, " rollouts"]:
     """Return w, the likelihood ratio of whole completions, clipped from above.
 
@@ -49,6 +66,20 @@ def sequence_weights(log_ratio: Float[np.ndarray, " rollouts"], *, clip: float =
         clip: c; bounds the variance at the price of a bias toward the sampling policy.
     """
     return np.exp(np.minimum(log_ratio, np.log(clip)))
+
+
+def relative_weights(
+    log_ratio: Float[np.ndarray, " rollouts"], owner: Int[np.ndarray, " rollouts"], *, clip: float = np.inf
+) -> Float[np.ndarray, " rollouts"]:
+    """Return min(exp(log_ratio), clip) over the largest such weight of the group, in (0, 1].
+
+    For everything that divides by the group's sum of weights. Long completions underflow on their own, all at once;
+    relative to each other they do not.
+    """
+    out = np.minimum(log_ratio, np.log(clip))
+    for rows in _groups(owner):
+        out[rows] -= out[rows].max()
+    return np.exp(out)
 
 
 def effective_sample_size(weights: Float[np.ndarray, " n"]) -> float:

@@ -5,15 +5,20 @@ Every policy gradient here is a weighted sum of score functions,
     g = sum_{k,t} c_kt  grad log pi(x_kt | s_kt),        c constant in theta,
 
 so an objective is the array c. ``owner`` says which prompt a rollout belongs to, K = rollouts of that prompt,
-|k| = tokens of rollout k, rho_kt = exp(logp_new_kt - logp_old_kt), A = group advantage (``pipeline.advantages``).
+|k| = tokens of rollout k, rho_kt = exp(logp_new_kt - logp_old_kt), A_k = group advantage, w_k = min(prod_t rho_kt, 5)
+the clipped sequence weight, A^u_k = advantage with group statistics weighted by u (``pipeline.advantages``).
 
-    cropi      c = rho_kt A_k / (K |k|)                            arXiv:2510.26491, as released: unclipped, no KL
-    cropi_is   c = w_k A_k / (|k| sum_j w_j), A with weighted group statistics, w clipped sequence weights
-    rft        c = [R_k > 0] / (n_rewarded |k|)                    the released code's alternative loss
-    grpo       c = rho_kt A_k / (K |k|) where the clipped surrogate has a gradient, else 0
+    grpo                 c = rho_kt A_k / (K |k|)                arXiv:2510.26491 (CROPI) as run: unclipped, no KL
+    grpo_weighted_group  c = rho_kt A^q_k / (K |k|)              its option: q_k = exp(mean_t log rho_kt)
+    rft                  c = [R_k > 0] / (n_rewarded |k|)        its alternative loss
+    grpo_sequence        c = w_k A^w_k / (|k| sum_j w_j)         ours, the default for influence
+    grpo_clipped         as grpo, and 0 where the clipped surrogate is flat: what a step of training uses
+    reinforce            c = w_k (R_k - b_k) / K,  b_k = sum_{j != k} w_j R_j / sum_{j != k} w_j
 
-Departures: (1) cropi_is is the default for influence. Per-token ratios correct only the current token; the clipped
-sequence weights restore most of the rank correlation that the plain estimator loses as the policy moves.
+``reinforce`` divides neither by a deviation nor by a length: as long as no ratio reaches the clip, its expectation is
+the gradient of the expected reward. The others weigh prompts by 1/std and rollouts by 1/|k|, on purpose or by custom.
+Departures: (1) grpo_sequence. A per-token ratio corrects the current token only, not the reward that the rest of the
+completion earned; sequence weights correct both, and self-normalising bounds their variance.
 """
 
 from __future__ import annotations
@@ -23,34 +28,38 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from pipeline.advantages import group_advantages, sequence_weights, weighted_group_advantages
+from pipeline.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    relative_weights,
+    sequence_weights,
+    weighted_group_advantages,
+)
 
 Coefficients = Float[np.ndarray, "rollouts tokens"]
 
 
-def cropi(
+def grpo(
     logp_new: Float[np.ndarray, "rollouts tokens"],
     logp_old: Float[np.ndarray, "rollouts tokens"],
     mask: Bool[np.ndarray, "rollouts tokens"],
     rewards: Float[np.ndarray, " rollouts"],
     owner: Int[np.ndarray, " rollouts"],
 ) -> Coefficients:
-    """Return c of the published off-policy estimator: per-token ratio, plain group statistics."""
-    scale = group_advantages(rewards, owner) / (_group_sum(np.ones(len(owner)), owner) * _lengths(mask))
-    return _ratio(logp_new, logp_old, mask) * scale[:, None]
+    """Return c of CROPI's off-policy estimator: per-token ratio, plain group statistics."""
+    return _per_token(logp_new, logp_old, mask, group_advantages(rewards, owner), owner)
 
 
-def cropi_is(
+def grpo_weighted_group(
     logp_new: Float[np.ndarray, "rollouts tokens"],
     logp_old: Float[np.ndarray, "rollouts tokens"],
     mask: Bool[np.ndarray, "rollouts tokens"],
     rewards: Float[np.ndarray, " rollouts"],
     owner: Int[np.ndarray, " rollouts"],
 ) -> Coefficients:
-    """Return c with clipped, self-normalised sequence importance weights."""
-    w = sequence_weights(np.where(mask, logp_new - logp_old, 0.0).sum(1))
-    a = weighted_group_advantages(rewards, w, owner)
-    return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
+    """Return c of ``grpo`` with group statistics weighted by q, the geometric mean of a rollout's token ratios."""
+    q = relative_weights(_log_ratio(logp_new, logp_old, mask).sum(1) / _lengths(mask), owner)
+    return _per_token(logp_new, logp_old, mask, weighted_group_advantages(rewards, q, owner), owner)
 
 
 def rft(
@@ -65,7 +74,20 @@ def rft(
     return (rewarded / (np.maximum(_group_sum(rewarded, owner), 1.0) * _lengths(mask)))[:, None] * mask
 
 
-def grpo(
+def grpo_sequence(
+    logp_new: Float[np.ndarray, "rollouts tokens"],
+    logp_old: Float[np.ndarray, "rollouts tokens"],
+    mask: Bool[np.ndarray, "rollouts tokens"],
+    rewards: Float[np.ndarray, " rollouts"],
+    owner: Int[np.ndarray, " rollouts"],
+) -> Coefficients:
+    """Return c with clipped, self-normalised sequence importance weights."""
+    w = relative_weights(_log_ratio(logp_new, logp_old, mask).sum(1), owner, clip=CLIP)
+    a = weighted_group_advantages(rewards, w, owner)
+    return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
+
+
+def grpo_clipped(
     logp_new: Float[np.ndarray, "rollouts tokens"],
     logp_old: Float[np.ndarray, "rollouts tokens"],
     mask: Bool[np.ndarray, "rollouts tokens"],
@@ -76,16 +98,46 @@ def grpo(
 ) -> Coefficients:
     """Return c of the clipped GRPO surrogate: zero where the ratio has left [1 - clip, 1 + clip] on the losing side."""
     rho = _ratio(logp_new, logp_old, mask)
-    a = group_advantages(rewards, owner)[:, None]
-    clipped = ((a > 0) & (rho > 1 + clip)) | ((a < 0) & (rho < 1 - clip))
-    return cropi(logp_new, logp_old, mask, rewards, owner) * ~clipped
+    a = group_advantages(rewards, owner)
+    clipped = ((a > 0)[:, None] & (rho > 1 + clip)) | ((a < 0)[:, None] & (rho < 1 - clip))
+    return _per_token(logp_new, logp_old, mask, a, owner) * ~clipped
 
 
-OBJECTIVES: dict[str, Callable[..., Coefficients]] = {"cropi": cropi, "cropi_is": cropi_is, "rft": rft, "grpo": grpo}
+def reinforce(
+    logp_new: Float[np.ndarray, "rollouts tokens"],
+    logp_old: Float[np.ndarray, "rollouts tokens"],
+    mask: Bool[np.ndarray, "rollouts tokens"],
+    rewards: Float[np.ndarray, " rollouts"],
+    owner: Int[np.ndarray, " rollouts"],
+) -> Coefficients:
+    """Return c of the plain estimator of the gradient of the expected reward; a group of one has none."""
+    log_ratio = _log_ratio(logp_new, logp_old, mask).sum(1)
+    a = leave_one_out_advantages(rewards, relative_weights(log_ratio, owner, clip=CLIP), owner)
+    scale = sequence_weights(log_ratio, clip=CLIP) * a / _group_sum(np.ones(len(owner)), owner)
+    return scale[:, None] * mask
+
+
+CLIP = 5.0
+"""The largest sequence weight."""
+
+OBJECTIVES: dict[str, Callable[..., Coefficients]] = {
+    function.__name__: function for function in (grpo, grpo_weighted_group, rft, grpo_sequence, grpo_clipped, reinforce)
+}
+
+
+def _per_token(
+    logp_new: np.ndarray, logp_old: np.ndarray, mask: np.ndarray, advantages: np.ndarray, owner: np.ndarray
+) -> np.ndarray:
+    scale = advantages / (_group_sum(np.ones(len(owner)), owner) * _lengths(mask))
+    return _ratio(logp_new, logp_old, mask) * scale[:, None]
+
+
+def _log_ratio(logp_new: np.ndarray, logp_old: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.where(mask, logp_new - logp_old, 0.0)
 
 
 def _ratio(logp_new: np.ndarray, logp_old: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.exp(np.where(mask, logp_new - logp_old, 0.0)) * mask
+    return np.exp(_log_ratio(logp_new, logp_old, mask)) * mask
 
 
 def _lengths(mask: np.ndarray) -> np.ndarray:

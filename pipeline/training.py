@@ -29,7 +29,7 @@ from pipeline.reference import Reference
 from pipeline.sampling import best_of_candidates, shuffle
 from pipeline.weighted import WAYS, plain
 
-ONLINE = "grpo"
+ONLINE = "grpo_clipped"
 
 
 @dataclass(frozen=True)

@@ -84,36 +84,60 @@ def logps_of_one(policy: Policy, prompt: list[int], completion: list[int], tempe
     return torch.stack([logp[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
 
 
-def objective_by_loop(name: str, new: list[np.ndarray], rollouts: Rollouts, rows: list[int]) -> list[np.ndarray]:
-    """Coefficients of one prompt's tokens, rollout by rollout."""
-    old = [np.array(rollouts.logp_old[i]) for i in rows]
-    r = np.array([rollouts.reward[i] for i in rows])
-    ratio = [np.exp(a - b) for a, b in zip(new, old, strict=True)]
+def surrogate_by_loop(
+    name: str, new: list[torch.Tensor], old: list[torch.Tensor], rewards: list[float]
+) -> torch.Tensor:
+    """The objective of one prompt as a differentiable number, to be raised; ratios that only weigh are detached."""
+    r = torch.tensor(rewards, dtype=new[0].dtype)
     if name == "rft":
-        return [np.full(len(a), (r[k] > 0) / (max(1, (r > 0).sum()) * len(a))) for k, a in enumerate(new)]
-    if name == "cropi_is":
-        w = np.array([min(5.0, float(np.prod(x))) for x in ratio])
+        return sum(x.mean() * (right > 0) for x, right in zip(new, r, strict=True)) / max(1, int((r > 0).sum()))
+    w = torch.stack([(x.detach() - y).sum().exp().clamp(max=5.0) for x, y in zip(new, old, strict=True)])
+    if name == "reinforce":
+        total = torch.zeros(())
+        for k, x in enumerate(new):
+            others = [j for j in range(len(new)) if j != k]
+            baseline = sum(w[j] * r[j] for j in others) / sum(w[j] for j in others)
+            total = total + w[k] * (r[k] - baseline) * x.sum() / len(new)
+        return total
+    if name == "grpo_sequence":
         mean = (w * r).sum() / w.sum()
-        spread = math.sqrt((w * (r - mean) ** 2).sum() / w.sum())
-        return [np.full(len(x), w[k] / w.sum() * (r[k] - mean) / (spread + 1e-4) / len(x)) for k, x in enumerate(ratio)]
-    advantage = (r - r.mean()) / (r.std(ddof=1) + 1e-4)
-    c = [x * a / len(x) / len(rows) for x, a in zip(ratio, advantage, strict=True)]
-    if name == "grpo":
-        for k, (x, a) in enumerate(zip(ratio, advantage, strict=True)):
-            c[k][(x > 1.2) if a > 0 else (x < 0.8)] = 0.0
-    return c
+        spread = ((w * (r - mean) ** 2).sum() / w.sum()).sqrt()
+        return sum(w[k] / w.sum() * (r[k] - mean) / (spread + 1e-4) * x.mean() for k, x in enumerate(new))
+    advantage = (r - r.mean()) / (r.std(correction=1) + 1e-4)
+    if name == "grpo_weighted_group":
+        q = torch.stack([(x.detach().mean() - y.mean()).exp() for x, y in zip(new, old, strict=True)])
+        mean = (q * r).sum() / q.sum()
+        advantage = (r - mean) / (((q * (r - mean) ** 2).sum() / q.sum()).sqrt() + 1e-4)
+    terms = []
+    for a, x, y in zip(advantage, new, old, strict=True):
+        ratio = (x - y).exp()
+        clipped = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        terms.append((clipped if name == "grpo_clipped" else ratio * a).mean())
+    return sum(terms) / len(terms)
+
+
+def coefficients_by_autograd(
+    name: str, logp_new: np.ndarray, logp_old: np.ndarray, mask: np.ndarray, rewards: np.ndarray
+) -> np.ndarray:
+    """What the loss of one prompt says of each token: its derivative by the log-probability."""
+    new = [torch.tensor(x[m], requires_grad=True) for x, m in zip(logp_new, mask, strict=True)]
+    old = [torch.tensor(x[m]) for x, m in zip(logp_old, mask, strict=True)]
+    out = np.zeros(mask.shape)
+    for row, grad in enumerate(torch.autograd.grad(surrogate_by_loop(name, new, old, rewards.tolist()), new)):
+        out[row, mask[row]] = grad
+    return out
 
 
 def gradients_by_loop(policy: Policy, rollouts: Rollouts, objective: str) -> dict[str, dict[str, torch.Tensor]]:
     """For each prompt, the gradient of its objective by one backward pass of its own, rollout after rollout."""
     out = {}
     for uid, rows in rollouts.groups().items():
-        logp = [
-            logps_of_one(policy, rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.temperature[i])
+        new = [
+            logps_of_one(policy, rollouts.prompt_ids[i], rollouts.completion_ids[i], rollouts.temperature[i]).double()
             for i in rows
         ]
-        c = objective_by_loop(objective, [x.detach().double().numpy() for x in logp], rollouts, rows)
-        total = sum((torch.from_numpy(ck).float() * x).sum() for ck, x in zip(c, logp, strict=True))
+        old = [torch.tensor(np.array(rollouts.logp_old[i], float)) for i in rows]
+        total = surrogate_by_loop(objective, new, old, [rollouts.reward[i] for i in rows])
         parameters = policy.trainable()
         grads = torch.autograd.grad(total, list(parameters.values()))
         out[uid] = dict(zip(parameters, grads, strict=True))

@@ -49,10 +49,10 @@ def main() -> None:
 
     results = {
         "one gradient per prompt / plain batched forward and backward": _ratio(
-            lambda: prompt_gradients(policy, rollouts, "cropi_is", lambda *part, **rows: None), plain
+            lambda: prompt_gradients(policy, rollouts, "grpo_sequence", lambda *part, **rows: None), plain
         ),
         "the same, sketched to 8192 / plain": _ratio(
-            lambda: sketch_gradients(policy, rollouts, "cropi_is", projection), plain
+            lambda: sketch_gradients(policy, rollouts, "grpo_sequence", projection), plain
         ),
         "a backward per prompt / plain": _ratio(loop, plain),
         **_stores(rollouts),

@@ -9,6 +9,8 @@ from pipeline.advantages import (
     effective_sample_size,
     group_advantages,
     has_signal,
+    leave_one_out_advantages,
+    relative_weights,
     sequence_weights,
     weighted_group_advantages,
 )
@@ -60,6 +62,32 @@ def test_weighted_advantages_by_hand():
     """Weights 3 and 1 on rewards 1 and 0: mean 3/4, weighted deviation sqrt(3)/4."""
     a = weighted_group_advantages(np.array([1.0, 0.0]), np.array([3.0, 1.0]), np.zeros(2, int))
     assert a == pytest.approx(np.array([0.25, -0.75]) / (np.sqrt(3) / 4 + 1e-4))
+
+
+def test_leave_one_out_by_hand():
+    """Each reward is held against the weighted mean of the others: weights 1, 3, 1 on rewards 1, 0, 1."""
+    a = leave_one_out_advantages(np.array([1.0, 0.0, 1.0, 7.0]), np.array([1.0, 3.0, 1.0, 2.0]), np.array([0, 0, 0, 5]))
+    assert a == pytest.approx([1 - 1 / 4, -1.0, 1 - 1 / 4, 0.0])
+
+
+@given(groups, st.floats(0.1, 3.0))
+def test_leave_one_out_does_not_see_its_own_reward(pairs, change):
+    """Changing one reward moves its own advantage by as much, so its baseline did not move."""
+    rewards, owner = columns(pairs)
+    weights = np.linspace(0.5, 2.0, len(rewards))
+    before = leave_one_out_advantages(rewards, weights, owner)
+    rewards[0] += change
+    moved = leave_one_out_advantages(rewards, weights, owner)[0] - before[0]
+    assert moved == pytest.approx(change if (owner == owner[0]).sum() > 1 else 0.0, abs=1e-9)
+
+
+@given(groups)
+def test_relative_weights_are_sequence_weights_over_the_largest(pairs):
+    """Within a group they are proportional to the plain weights, and the largest is one."""
+    log_ratio, owner = columns(pairs)
+    w, relative = sequence_weights(log_ratio), relative_weights(log_ratio, owner, clip=5.0)
+    for g in np.unique(owner):
+        assert relative[owner == g] == pytest.approx(w[owner == g] / w[owner == g].max())
 
 
 def test_sequence_weights_are_clipped_from_above():

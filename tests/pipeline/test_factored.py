@@ -37,7 +37,7 @@ def layers_of(policy, rollouts):
     """What one backward pass holds at each layer, to be sketched more than once."""
     layers = []
     for parts in passes(pack(rollouts), 65_536):
-        backward(policy, rollouts, "cropi", lambda *layer: layers.append(layer), parts, list(rollouts.groups()))
+        backward(policy, rollouts, "grpo", lambda *layer: layers.append(layer), parts, list(rollouts.groups()))
     return layers
 
 
@@ -56,8 +56,8 @@ def test_the_sketch_is_its_matrix_on_exact_gradients(request, fixture, make_roll
     policy = request.getfixturevalue(fixture)
     rollouts = make_rollouts(policy)
     projection = projection_for(policy, dim_out, kind="factored", seed=3)
-    loop = gradients_by_loop(policy, rollouts, "cropi")
-    uids, rows = sketch_gradients(policy, rollouts, "cropi", projection)
+    loop = gradients_by_loop(policy, rollouts, "grpo")
+    uids, rows = sketch_gradients(policy, rollouts, "grpo", projection)
     for uid, row in zip(uids, rows, strict=True):
         expected = sum(by_matrix(projection, name, grad) for name, grad in loop[uid].items()).ravel()
         assert row == pytest.approx(expected, abs=2e-4 * np.abs(expected).max())
@@ -68,7 +68,7 @@ def test_inner_products_are_unbiased(request, fixture, make_rollouts):
     """Over 24 seeds the mean inner product of two prompts' sketches is within four standard errors of the true one."""
     policy = request.getfixturevalue(fixture)
     rollouts = make_rollouts(policy)
-    loop = gradients_by_loop(policy, rollouts, "cropi")
+    loop = gradients_by_loop(policy, rollouts, "grpo")
     one, other = list(loop)[:2]
     true = float(sum((loop[one][n] * loop[other][n]).sum() for n in loop[one]))
     layers = layers_of(policy, rollouts)
@@ -80,7 +80,7 @@ def test_inner_products_are_unbiased(request, fixture, make_rollouts):
 def test_more_dimensions_err_less(llama, make_rollouts):
     """The error of a cosine falls as the sketch grows."""
     rollouts = make_rollouts(llama)
-    loop = gradients_by_loop(llama, rollouts, "cropi")
+    loop = gradients_by_loop(llama, rollouts, "grpo")
     flat = torch.stack([torch.cat([g.flatten() for g in grads.values()]) for grads in loop.values()]).numpy()
 
     layers = layers_of(llama, rollouts)

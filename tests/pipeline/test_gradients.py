@@ -22,7 +22,7 @@ def policy(request):
     return request.getfixturevalue(request.param)
 
 
-def collect(policy, rollouts, objective="cropi_is", **options):
+def collect(policy, rollouts, objective="grpo_sequence", **options):
     """Sum what the sink is given, and return it by prompt and by parameter."""
     total = {uid: {name: torch.zeros(p.shape) for name, p in policy.trainable().items()} for uid in rollouts.groups()}
 
@@ -47,7 +47,7 @@ def assert_equal(ours, expected, rounding=ROUNDING):
 def test_each_prompt_has_the_gradient_of_its_own_backward_pass(policy, make_rollouts):
     """The gradient of each prompt, for every trainable parameter, is the one that a pass of its own gives."""
     rollouts = make_rollouts(policy, temperature=0.7)
-    assert_equal(collect(policy, rollouts), gradients_by_loop(policy, rollouts, "cropi_is"))
+    assert_equal(collect(policy, rollouts), gradients_by_loop(policy, rollouts, "grpo_sequence"))
 
 
 @pytest.mark.parametrize("objective", sorted(OBJECTIVES))
@@ -61,7 +61,7 @@ def test_prompt_gradients_add_up_to_the_batch_gradient(policy, make_rollouts):
     """The sum over prompts is what autograd makes of the whole batch at once."""
     rollouts = make_rollouts(policy)
     ours = collect(policy, rollouts)
-    loop = gradients_by_loop(policy, rollouts, "cropi_is")
+    loop = gradients_by_loop(policy, rollouts, "grpo_sequence")
     batch = {name: sum(grads[name] for grads in loop.values()) for name in policy.trainable()}
     assert_equal({"batch": {n: sum(g[n] for g in ours.values()) for n in batch}}, {"batch": batch})
 
@@ -76,7 +76,7 @@ def test_batch_mates_order_and_padding_do_not_matter(policy, make_rollouts):
     assert_equal(collect(policy, shuffled), {uid: whole[uid] for uid in shuffled.groups()})
 
 
-@pytest.mark.parametrize("objective", ["cropi_is", "grpo"])
+@pytest.mark.parametrize("objective", ["grpo_sequence", "grpo_clipped"])
 @pytest.mark.parametrize(("micro_tokens", "row_tokens"), [(1, 1), (30, 16), (60, 1), (40, 1024)])
 def test_small_passes_give_the_same_gradients(qwen3, make_rollouts, micro_tokens, row_tokens, objective, monkeypatch):
     """Passes that hold less than a group, or some groups, add up to the single pass, however rows are packed."""
@@ -90,13 +90,13 @@ def test_sketches_are_projected_gradients(policy, make_rollouts):
     """The streamed sketch is the projection of the flat gradient, and small passes change nothing beyond rounding."""
     rollouts = make_rollouts(policy)
     projection = projection_for(policy, 64, seed=1)
-    uids, sketch = sketch_gradients(policy, rollouts, "cropi_is", projection)
-    loop = gradients_by_loop(policy, rollouts, "cropi_is")
+    uids, sketch = sketch_gradients(policy, rollouts, "grpo_sequence", projection)
+    loop = gradients_by_loop(policy, rollouts, "grpo_sequence")
     flat = torch.stack([torch.cat([loop[uid][name].flatten() for name in projection.layout]) for uid in uids])
     scale = np.abs(sketch).max()
     assert sketch / scale == pytest.approx(projection(flat).numpy() / scale, abs=1e-4)
     for micro_tokens in (30, 60):
-        assert sketch_gradients(policy, rollouts, "cropi_is", projection, micro_tokens=micro_tokens)[
+        assert sketch_gradients(policy, rollouts, "grpo_sequence", projection, micro_tokens=micro_tokens)[
             1
         ] / scale == pytest.approx(sketch / scale, abs=1e-4)
 
@@ -113,9 +113,9 @@ def test_bfloat16_gradients_point_the_same_way(request, make_rollouts, name):
     policy = request.getfixturevalue(name)
     rollouts = make_rollouts(policy)
     projection = projection_for(policy, 256)
-    _, exact = sketch_gradients(policy, rollouts, "cropi_is", projection)
+    _, exact = sketch_gradients(policy, rollouts, "grpo_sequence", projection)
     policy.model.to(torch.bfloat16)
-    _, rough = sketch_gradients(policy, rollouts, "cropi_is", projection)
+    _, rough = sketch_gradients(policy, rollouts, "grpo_sequence", projection)
     assert rough.dtype == np.float32
     assert np.isfinite(rough).all()
     cosines = (exact * rough).sum(1) / np.linalg.norm(exact, axis=1) / np.linalg.norm(rough, axis=1)
@@ -130,7 +130,7 @@ def test_a_diverged_policy_is_refused_by_prompt(llama, make_rollouts):
         llama.model.lm_head.weight[3] = float("nan")
     for function, last in ((prompt_gradients, lambda *part, **rows: None), (sketch_gradients, projection_for(llama, 8))):
         with pytest.raises(FloatingPointError, match="prompt-0"):
-            function(llama, rollouts, "cropi_is", last)
+            function(llama, rollouts, "grpo_sequence", last)
     assert list(llama.trainable()) == before
 
 
@@ -141,7 +141,7 @@ def test_a_rollout_that_is_not_finite_is_refused_by_prompt(llama, make_rollouts)
     logps = [x if i != row else (float("nan"),) * len(x) for i, x in enumerate(rollouts.logp_old)]
     broken = Rollouts.of({**rollouts.columns(), "logp_old": logps})
     with pytest.raises(FloatingPointError, match="prompt-1"):
-        sketch_gradients(llama, broken, "cropi_is", projection_for(llama, 8))
+        sketch_gradients(llama, broken, "grpo_sequence", projection_for(llama, 8))
 
 
 def test_a_layer_whose_rows_are_not_rollouts_is_refused():
@@ -169,7 +169,7 @@ def test_frozen_parameters_stay_frozen(llama, make_rollouts):
     before = {name: p.requires_grad for name, p in llama.model.named_parameters()}
     rollouts = make_rollouts(llama)
     grads = collect(llama, rollouts)
-    assert_equal(grads, gradients_by_loop(llama, rollouts, "cropi_is"))
+    assert_equal(grads, gradients_by_loop(llama, rollouts, "grpo_sequence"))
     assert set(grads["prompt-0"]) == {name for name, trainable in before.items() if trainable}
     assert {name: p.requires_grad for name, p in llama.model.named_parameters()} == before
     assert all(p.grad is None for p in llama.model.parameters())

@@ -181,7 +181,7 @@ def reference_of(policy, prompts, strength, ridge=0.0, own=True):
     """The batch's own first gradient as DIEM's reference, or a random direction."""
     rollouts = next(iter(run(copy.deepcopy(policy), prompts, steps=1)[0])).rollouts
     projection = projection_for(policy, 512)
-    _, rows = sketch_gradients(policy, rollouts, "grpo", projection)
+    _, rows = sketch_gradients(policy, rollouts, "grpo_clipped", projection)
     direction = rows.sum(axis=0) if own else np.random.default_rng(0).standard_normal(512).astype(np.float32)
     return Reference("validation", "exact", projection, direction, ridge, strength)
 

@@ -27,7 +27,7 @@ def taken(policy):
 
 
 def assert_weighted(policy, rollouts, weights, grads):
-    loop = gradients_by_loop(policy, rollouts, "cropi_is")
+    loop = gradients_by_loop(policy, rollouts, "grpo_sequence")
     expected = {n: sum(w * loop[u][n] for u, w in zip(loop, weights, strict=True)) for n in grads}
     largest = max(float(g.abs().max()) for g in expected.values())
     for name, grad in grads.items():
@@ -44,9 +44,9 @@ def test_every_way_leaves_the_weighted_gradient(request, fixture, way, micro_tok
     weights = np.random.default_rng(0).uniform(0, 3, len(rollouts.groups()))
     trainable = list(policy.trainable())
     if way == "plain":
-        plain(policy, rollouts, "cropi_is", micro_tokens=micro_tokens, weights=weights)
+        plain(policy, rollouts, "grpo_sequence", micro_tokens=micro_tokens, weights=weights)
     else:
-        WAYS[way](policy, rollouts, "cropi_is", space(policy, way), lambda z: weights, micro_tokens=micro_tokens)
+        WAYS[way](policy, rollouts, "grpo_sequence", space(policy, way), lambda z: weights, micro_tokens=micro_tokens)
     assert_weighted(policy, rollouts, weights, taken(policy))
     assert list(policy.trainable()) == trainable
 
@@ -64,9 +64,9 @@ def test_features_are_those_of_a_pass_for_features(request, fixture, way, micro_
         seen.append(features)
         return np.ones(len(features))
 
-    WAYS[way](policy, rollouts, "cropi_is", projection, weigh, micro_tokens=micro_tokens)
+    WAYS[way](policy, rollouts, "grpo_sequence", projection, weigh, micro_tokens=micro_tokens)
     scope = last_block(policy.model)[1] if way == "scope" else None
-    _, expected = sketch_gradients(policy, rollouts, "cropi_is", projection, scope=scope)
+    _, expected = sketch_gradients(policy, rollouts, "grpo_sequence", projection, scope=scope)
     assert len(seen) == 1
     assert seen[0] / np.abs(expected).max() == pytest.approx(expected / np.abs(expected).max(), abs=1e-4)
 
@@ -79,13 +79,13 @@ def test_the_scope_sees_the_last_block_and_the_head_alone(llama, make_rollouts):
     assert block is llama.model.model.layers[-1]
     assert names == {*last, "model.norm.weight", "lm_head.weight"}
     rollouts = make_rollouts(llama)
-    loop = gradients_by_loop(llama, rollouts, "cropi_is")
+    loop = gradients_by_loop(llama, rollouts, "grpo_sequence")
     part = torch.stack([torch.cat([g[n].flatten() for n in sorted(names)]) for g in loop.values()]).numpy()
     gram = part @ part.T
     seen = []
     for seed in range(40):
         projection = projection_for(llama, 400, kind="factored", seed=seed, scope=scope)
-        rows = sketch_gradients(llama, rollouts, "cropi_is", projection, scope=scope)[1]
+        rows = sketch_gradients(llama, rollouts, "grpo_sequence", projection, scope=scope)[1]
         seen.append(rows @ rows.T)
     error = np.std(seen, axis=0, ddof=1) / np.sqrt(len(seen))
     assert (np.abs(np.mean(seen, axis=0) - gram) < 5 * error).all()

@@ -12,8 +12,15 @@ With g_ref = 1^T G and ridge = 0, as printed, P^-1 I = 1 and W = 1 exactly, what
 plain GRPO. What the weights do comes from the reference and the ridge.
 Departures: (1) the reference is an argument; (2) the ridge is relative, because an absolute one depends on the scale of
 the gradients; (3) samples without gradient leave the solve and keep weight one; (4) the norm is restored after the
-clip, not before; (5) ``temper`` mixes the weights with one: at full strength four of eleven prompts carry the step and
-whole runs lose to plain GRPO; (6) arXiv v1 prints the two square roots swapped, which violates the constraint.
+clip, not before; (5) the weights are mixed with one, (1 - a) + a W, because at full strength four of eleven prompts
+carry the step and whole runs lose to plain GRPO; ``temper_to_floor`` lowers a where Kish's effective sample size
+
+    ESS = (sum w)^2 / sum w^2,   w = 1 + a (W - 1)      ESS >= f n   while   a (sqrt(f) sd - sqrt(1 - f) mu) <= sqrt(1 - f)
+    mu, sd = mean and standard deviation of W - 1 over the n samples with a gradient
+
+would fall below a share f of the samples; (6) arXiv v1 prints the two square roots swapped, which violates the
+constraint. Where the gradient is clipped to a length, the optimizer sees that length whatever the weights are: the norm
+constraint then acts on nothing, and ``Diagnostics`` says so.
 """
 
 from __future__ import annotations
@@ -21,9 +28,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from pipeline.advantages import effective_sample_size
+from pipeline.records import keyed_seed
 
 REVISION = 1
 
@@ -39,6 +47,10 @@ class Diagnostics:
         cosine_to_plain: cosine between the weighted and the plain update.
         condition: condition number of the damped Gram matrix.
         identity: whether the weights are one to within 1e-6, so that the step is plain GRPO.
+        strength: share a of W that is in the weights that were used; 0 where W is one throughout.
+        length: length of the weighted update over that of the plain one; tempering shortens it a little.
+        norm_acts: whether the length of the update reaches the optimizer; not where the gradient clip shortens both
+            the weighted and the plain update to the same length.
     """
 
     deviation: float
@@ -47,6 +59,9 @@ class Diagnostics:
     cosine_to_plain: float
     condition: float
     identity: bool
+    strength: float
+    length: float
+    norm_acts: bool
 
 
 def diem_weights(
@@ -95,29 +110,84 @@ def temper(weights: Float[np.ndarray, " prompts"], strength: float) -> Float[np.
     return (1 - strength) + strength * weights
 
 
+def temper_to_floor(
+    weights: Float[np.ndarray, " prompts"], active: Bool[np.ndarray, " prompts"], strength: float, floor: float
+) -> tuple[Float[np.ndarray, " prompts"], float]:
+    """Return the weights tempered by the largest a <= ``strength`` that keeps the effective sample size, and that a.
+
+    Args:
+        weights: W, none negative.
+        active: which prompts have a gradient; the others are not counted, and their weights of one stay one.
+        strength: a, where the floor allows it.
+        floor: f, the least effective sample size, as a share of the active prompts; 0 is ``temper``.
+
+    Raises:
+        ValueError: ``strength`` or ``floor`` is no share, or a weight is negative.
+    """
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor = {floor}: a share in [0, 1] of the prompts with a gradient; 0 sets no floor")
+    if len(weights) and weights.min() < 0:
+        raise ValueError(f"a weight is {weights.min()}: a floor needs weights without sign; clip them at zero first")
+    wanted = temper(weights, strength)
+    off = weights[active] - 1.0
+    if not len(off):
+        return wanted, strength
+    room = np.sqrt(1.0 - floor)
+    steep = float(np.sqrt(floor) * off.std() - room * off.mean())
+    if strength * steep <= room:
+        return wanted, strength
+    return temper(weights, float(room / steep)), float(room / steep)
+
+
+def permuted(
+    weights: Float[np.ndarray, " prompts"], active: Bool[np.ndarray, " prompts"], *seed: object
+) -> Float[np.ndarray, " prompts"]:
+    """Return the weights of the active prompts in a random order keyed by ``seed``: as uneven, and aligned with nothing.
+
+    The control that tells what alignment is worth apart from the concentration that comes with it.
+    """
+    out = np.array(weights, np.float64)
+    out[active] = np.random.default_rng(keyed_seed("permuted weights", *seed)).permutation(out[active])
+    return out
+
+
 def diagnose(
     gram: Float[np.ndarray, "prompts prompts"],
     raw: Float[np.ndarray, " prompts"],
     used: Float[np.ndarray, " prompts"],
     *,
     ridge: float,
+    longest: float = np.inf,
 ) -> Diagnostics:
-    """Describe the weights ``used`` in a step, and the ``raw`` ones that they were tempered from."""
+    """Describe the weights ``used`` in a step, and the ``raw`` ones that they were tempered from.
+
+    Args:
+        gram: P, inner products of the gradients.
+        raw: W, before it was tempered.
+        used: (1 - a) + a W, the weights that the step is taken with.
+        ridge: damping relative to the mean diagonal of P.
+        longest: length of the summed update beyond which the gradient clip shortens it, in the unit of sqrt(P): the
+            clip's norm times the prompts a batch where the update is a mean over the batch.
+    """
     P = np.asarray(gram, np.float64)
     active = np.diag(P) > 0
     P = P[np.ix_(active, active)]
     w, one = used[active], np.ones(int(active.sum()))
     plain, weighted = float(one @ P @ one), float(w @ P @ w)
-    cosine = float(one @ P @ w) / np.sqrt(plain * weighted) if plain > 0 and weighted > 0 else 1.0
+    directed = plain > 0 and weighted > 0
     spectrum = np.linalg.eigvalsh(P + _damping(P, ridge)) if len(P) else np.ones(1)
     condition = float(spectrum[-1] / max(spectrum[0], np.finfo(float).tiny))
+    off = raw[active] - 1
     return Diagnostics(
         deviation=float(np.abs(used - 1).max(initial=0.0)),
         negatives=int((raw[active] <= 0).sum()),
         effective_samples=effective_sample_size(w),
-        cosine_to_plain=float(cosine),
+        cosine_to_plain=float(one @ P @ w / np.sqrt(plain * weighted)) if directed else 1.0,
         condition=condition,
         identity=bool(np.abs(used - 1).max(initial=0.0) < 1e-6),
+        strength=float(off @ (w - 1) / (off @ off)) if off.any() else 0.0,
+        length=float(np.sqrt(weighted / plain)) if directed else 1.0,
+        norm_acts=min(plain, weighted) < longest**2,
     )
 
 

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.reweight import diagnose, diem_weights, temper
+from pipeline.advantages import effective_sample_size
+from pipeline.reweight import diagnose, diem_weights, permuted, temper, temper_to_floor
 
 seeds = st.integers(0, 10**6)
 sizes = st.integers(1, 8)
@@ -127,3 +128,71 @@ def test_diagnosis_by_hand():
     assert told.condition == pytest.approx((4 + 0.5) / (1 + 0.5))
     assert not told.identity
     assert diagnose(gram, raw, np.ones(3), ridge=0.0).identity
+    assert told.strength == pytest.approx(0.5)
+    assert told.length == pytest.approx(np.sqrt((1.5**2 + 4 * 0.5**2) / 5))
+    assert diagnose(gram, np.ones(3), np.ones(3), ridge=0.0).strength == 0.0
+
+
+@pytest.mark.parametrize(("longest", "acts"), [(np.inf, True), (2.2, True), (1.7, False)])
+def test_a_clipped_gradient_leaves_the_norm_nothing_to_do(longest, acts):
+    """Plain update of length sqrt 5 = 2.24, weighted of sqrt 3.25 = 1.80: below both, the clip makes them equal."""
+    gram, raw, used = np.diag([1.0, 4.0, 0.0]), np.array([2.0, 0.0, 1.0]), np.array([1.5, 0.5, 1.0])
+    assert diagnose(gram, raw, used, ridge=0.0, longest=longest).norm_acts is acts
+
+
+def test_a_floor_by_hand():
+    """W = (0, 2): with a, ESS = 2 / (1 + a^2), so four fifths of two samples are kept up to a = 1/2, and no further."""
+    W, active = np.array([0.0, 1.0, 2.0]), np.array([True, False, True])
+    used, strength = temper_to_floor(W, active, 1.0, 0.8)
+    assert strength == pytest.approx(0.5)
+    assert used == pytest.approx(np.array([0.5, 1.0, 1.5]))
+    assert effective_sample_size(used[active]) == pytest.approx(0.8 * 2)
+    assert temper_to_floor(W, active, 0.25, 0.8)[1] == 0.25
+    assert temper_to_floor(W, active, 1.0, 1.0)[0].tolist() == [1.0, 1.0, 1.0]
+    assert temper_to_floor(W, ~active, 1.0, 0.9)[1] == 1.0
+    assert temper_to_floor(np.empty(0), np.empty(0, bool), 0.5, 0.9) == (pytest.approx([]), 0.5)
+
+
+@given(seeds, sizes, st.floats(0, 1), st.floats(0, 1))
+def test_a_floor_takes_the_largest_strength_that_keeps_it(seed, prompts, strength, floor):
+    """The effective sample size is kept; a search over strengths finds none that is larger and keeps it too."""
+    G, reference = gradients(seed, prompts + 2), gradients(seed + 1, 1)[0]
+    G[0] = 0
+    active = np.diag(G @ G.T) > 0
+    W = diem_weights(G @ G.T, G @ reference, ridge=0.1)
+    used, kept = temper_to_floor(W, active, strength, floor)
+    assert used == pytest.approx(temper(W, kept))
+    assert effective_sample_size(used[active]) >= floor * active.sum() - 1e-9
+    larger = np.linspace(kept, strength, 20)[1:] if kept < strength else []
+    assert all(effective_sample_size(temper(W, a)[active]) < floor * active.sum() + 1e-9 for a in larger)
+
+
+@pytest.mark.parametrize(
+    ("weights", "strength", "floor", "message"),
+    [
+        (np.ones(2), 0.5, 1.5, r"floor = 1\.5"),
+        (np.ones(2), -0.1, 0.5, r"strength = -0\.1"),
+        (np.array([-1.0, 1.0]), 0.5, 0.5, r"a weight is -1\.0"),
+    ],
+)
+def test_an_impossible_floor_is_refused(weights, strength, floor, message):
+    """A floor or strength that is no share, and weights with a sign, are refused."""
+    with pytest.raises(ValueError, match=message):
+        temper_to_floor(weights, np.ones(2, bool), strength, floor)
+
+
+@given(seeds, st.integers(2, 9))
+def test_permuted_weights_are_the_same_weights(seed, prompts):
+    """The active weights are shuffled among themselves, the others stay, and equal seeds give equal orders."""
+    W = np.random.default_rng(seed).exponential(size=prompts)
+    active = np.arange(prompts) % 3 != 0
+    other = permuted(W, active, seed, "step", 1)
+    assert sorted(other[active]) == sorted(W[active])
+    assert other[~active].tolist() == W[~active].tolist()
+    assert other.tolist() == permuted(W, active, seed, "step", 1).tolist()
+
+
+def test_permuted_weights_follow_the_seed():
+    """Every order of three weights turns up over the seeds."""
+    orders = {tuple(permuted(np.array([0.0, 1.0, 3.0]), np.ones(3, bool), seed)) for seed in range(60)}
+    assert len(orders) == 6

@@ -102,12 +102,21 @@ class Beliefs(Section):
 
 
 class Features(Section):
-    """``[features]``: the gradient of a prompt and its projection."""
+    """``[features]``: the gradient of a prompt and its projection.
+
+    ``layers`` are patterns of parameter names, all that train by default. ``projection`` is ``sparse``, or ``factored``
+    for many short samples. ``metric`` ``adam`` preconditions with the second moments of the run's own optimizer. The
+    ``score`` ``directional`` is the dot product, from forward passes alone.
+    """
 
     objective: Literal["grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = "grpo_sequence"
     dim: int = Field(8192, ge=1)
     keep: float = Field(1.0, gt=0, le=1)
     seed: int = 0
+    projection: Literal["sparse", "factored"] = "sparse"
+    layers: tuple[str, ...] = ()
+    metric: Literal["euclidean", "adam"] = "euclidean"
+    score: Literal["cosine", "directional"] = "cosine"
 
 
 class Select(Section):
@@ -132,10 +141,16 @@ class Insight(Section):
 
 
 class Diem(Section):
-    """``[diem]``: weights against the validation gradient at the stage's start; ``strength`` 0 is plain GRPO."""
+    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO.
+
+    ``reference`` is what the step is aligned with: the validation gradient at the stage's start, or the run's own
+    batches. ``way`` is how alignment is measured; ``auto`` takes the most exact one that the size of the batch allows.
+    """
 
     strength: float = Field(0.25, ge=0, le=1)
     ridge: float = Field(0.1, ge=0)
+    reference: Literal["validation", "minibatch", "rollout_batch", "ema"] = "validation"
+    way: Literal["auto", "exact", "bookkeeping", "scope"] = "auto"
 
 
 class Train(Section):
@@ -143,6 +158,7 @@ class Train(Section):
 
     stages: tuple[int, ...] = (30, 30, 30, 30)  # optimizer steps of each
     batch: int = Field(16, ge=1)
+    minibatch: int = Field(0, ge=0)  # prompts an update; 0: the whole batch
     rollouts: int = Field(8, ge=2)
     sampler: Literal["insight", "shuffle"] = "insight"
     lr: float = Field(1e-6, gt=0)
@@ -194,6 +210,16 @@ class Config(Section):
             raise ValueError(
                 f"evidence.source = {self.evidence.source!r} with evidence.path = {self.evidence.path!r}: "
                 "a path is needed to import, and only then"
+            )
+        if self.features.projection == "factored" and (self.features.keep < 1 or self.features.metric == "adam"):
+            raise ValueError(
+                "features.projection = 'factored' never sees single coordinates: it goes with keep = 1 and "
+                f"metric = 'euclidean', not keep = {self.features.keep} and metric = {self.features.metric!r}"
+            )
+        if self.features.metric == "adam" and self.evidence.source != "first_stage":
+            raise ValueError(
+                f"features.metric = 'adam' with evidence.source = {self.evidence.source!r}: the first selection would "
+                "need an optimizer that has taken no step yet; use evidence.source = 'first_stage'"
             )
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from flows import evidence, prepare, steps, story
+from flows import evidence, gradients, prepare, steps, story
+from flows.arms import Arm, Stage
 from flows.desk import Desk
 
 STEPS: dict[str, Callable[..., Any]] = {
@@ -20,8 +20,9 @@ STEPS: dict[str, Callable[..., Any]] = {
     "prompts": prepare.prompts,
     "collect": steps.collect,
     "import_rollouts": steps.import_rollouts,
-    "featurize": steps.featurize,
-    "score": steps.score,
+    "featurize": gradients.featurize,
+    "score": gradients.score,
+    "score_directional": gradients.score_directional,
     "select": steps.select,
     "shuffle": steps.shuffle,
     "train": steps.train,
@@ -79,38 +80,6 @@ class Do:
         """Return the seconds of each kind of step since ``before``, a copy of ``seconds``."""
         spent = {name: s - before.get(name, 0.0) for name, s in self.seconds.items()}
         return {name: s for name, s in spent.items() if s > 0}
-
-
-@dataclass
-class Stage:
-    """What a stage left behind, in keys and counts."""
-
-    number: int
-    selection: str
-    steps: int
-    checkpoints: list[tuple[int, str, str]] = field(default_factory=list)  # (step, policy, evaluation)
-    rollouts_train: int = 0
-    rollouts_select: int = 0
-    targets: dict[str, tuple[list[str], int]] = field(default_factory=dict)
-    scores: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Arm:
-    """One trained run: the curriculum, or a control."""
-
-    name: str
-    start: str
-    start_evaluation: str
-    stages: list[Stage] = field(default_factory=list)
-    evidence: list[str] = field(default_factory=list)
-    collected: int = 0
-
-    @property
-    def rollouts(self) -> int:
-        """Everything that was sampled for this arm, selection included, evaluation not."""
-        return self.collected + sum(stage.rollouts_train + stage.rollouts_select for stage in self.stages)
 
 
 def run_seed(do: Do) -> tuple[str, list[Arm], list[str]]:
@@ -177,16 +146,34 @@ def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) 
     for split in (name for name in _splits(do, data) if name != "test"):
         fresh[split] = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
         stage.rollouts_select += story.count_rollouts(desk, fresh[split])
-    for split, shards in fresh.items():
-        uids = desk.prompts(data, split).prompt_uid
-        stage.targets[split] = (do("featurize", policy, uids, shards, split), len(uids))
+    uids_of = {split: desk.prompts(data, split).prompt_uid for split in fresh}
+    if config.diem.strength > 0:
+        stage.way = gradients.way(desk, policy)
+    if stage.way and config.diem.reference == "validation":
+        for split, shards in fresh.items():
+            made = do("featurize", policy, uids_of[split], shards, f"{split}, for the weights", name=stage.way)
+            stage.targets[split] = (made, len(uids_of[split]))
     excluded = evidence.cascade(desk, data, arm.evidence)
     wanted = [uid for uid in desk.prompts(data, "pool").prompt_uid if uid not in excluded]
     story.tell_cascade(desk, excluded, len(wanted))
-    features = do("featurize", policy, wanted, arm.evidence, "pool")
-    stage.scores = do("score", features, stage.targets)
+    stage.scores = _score(do, arm, policy, wanted, uids_of, fresh)
     stage.selection = do("select", data, arm.evidence, excluded, stage.scores, number)
     return stage
+
+
+def _score(
+    do: Do,
+    arm: Arm,
+    policy: str,
+    wanted: list[str],
+    uids_of: dict[str, tuple[str, ...]],
+    fresh: dict[str, list[str]],
+) -> str:
+    if do.desk.config.features.score == "directional":
+        targets = {split: (uids, fresh[split]) for split, uids in uids_of.items()}
+        return str(do("score_directional", policy, wanted, arm.evidence, targets))
+    made = {split: (do("featurize", policy, uids, fresh[split], split), len(uids)) for split, uids in uids_of.items()}
+    return str(do("score", do("featurize", policy, wanted, arm.evidence, "pool"), made))
 
 
 def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, sampler: str) -> str:
@@ -202,6 +189,7 @@ def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, s
                 stage.selection,
                 list(arm.evidence),
                 targets=stage.targets or None,
+                way=stage.way,
                 sampler=sampler,
                 first=first,
                 steps=count,

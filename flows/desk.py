@@ -11,8 +11,8 @@ from flows.progress import Advance, Reporter
 from pipeline.records import keyed_seed
 
 if TYPE_CHECKING:
+    from pipeline.features import Projection
     from pipeline.policy import Policy
-    from pipeline.projection import SparseProjection
     from pipeline.records import Prompts
     from pipeline.rewards import VerifierPool
     from stores.store import Store
@@ -36,7 +36,7 @@ class Desk:
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
         self._held: tuple[str, Policy, Any] | None = None
-        self._projection: SparseProjection | None = None  # its tables are worth keeping from stage to stage
+        self.projections: dict[str, Projection] = {}  # by the name of their space
 
     def seed(self, *identity: object) -> int:
         """Return a seed for one purpose of this run."""
@@ -59,15 +59,6 @@ class Desk:
     def hold(self, key: str, policy: Policy, optimizer: Any) -> None:
         """Keep a policy in memory under the key that it was stored by."""
         self._held = (key, policy, optimizer)
-
-    def projection(self, policy: Policy) -> SparseProjection:
-        """Return the projection that all gradients of this run go through."""
-        from pipeline.features import projection_for
-
-        features = self.config.features
-        if self._projection is None:
-            self._projection = projection_for(policy, features.dim, keep=features.keep, seed=features.seed)
-        return self._projection
 
     def prompts(self, data: str, split: str) -> Prompts:
         """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""

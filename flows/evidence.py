@@ -50,6 +50,11 @@ def mean_target(desk: Desk, generations: Sequence[str], size: int) -> np.ndarray
     )
 
 
+def targets_of(table: Mapping[str, Any]) -> list[str]:
+    """Return the columns of a table of scores or of a selection that hold an alignment with a validation set."""
+    return [name for name in table if name.startswith(("cosine_", "dot_"))]
+
+
 def beliefs(
     desk: Desk, rollouts: Sequence[str], uids: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, dict[str, list[tuple[int, int]]]]:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from flows import evidence, story
+from flows.arms import Arm, Stage
 from flows.config import to_toml
-from flows.curriculum import Arm, Stage
 from flows.desk import Desk
 
 EXAMPLES = 8  # prompts shown at each end of a stage's order
@@ -51,13 +51,13 @@ def _belief(desk: Desk, keys: Sequence[str], uids: Sequence[str], label: str) ->
 
 def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
     table = desk.store.curricula.read(stage.selection)
-    targets = [name for name in table if name.startswith("cosine_")]
+    targets = evidence.targets_of(table)
     scored = [i for i, value in enumerate(table["score_influence"]) if value is not None]
     best = sorted(scored, key=lambda i: -max(table[name][i] for name in targets))
     return {
         "stage": stage.number,
         "drawn": dict(Counter(d for d in table["drawn"] if d)),
-        "influence": {name.removeprefix("cosine_"): [table[name][i] for i in scored] for name in targets},
+        "influence": {name.partition("_")[2]: [table[name][i] for i in scored] for name in targets},
         "reasons": dict(Counter(table["reason"])),
         "abilities": story.by_ability(desk, data, evidence.chosen(desk, stage.selection)),
         "best": _examples(desk, data, arm, table, best[:EXAMPLES]),
@@ -79,7 +79,7 @@ def _examples(
             "ability": pool.ability[p],
             "ground_truth": pool.ground_truth[p],
             "pass_rate": table["pass_rate"][i],
-            "cosines": {n.removeprefix("cosine_"): table[n][i] for n in table if n.startswith("cosine_")},
+            "cosines": {n.partition("_")[2]: table[n][i] for n in evidence.targets_of(table)},
             "completion": text.get(uid),
         }
         for i, uid, p in zip(rows, uids, pool.rows_of(uids), strict=True)

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,11 @@ from flows import evidence as stored
 from flows.desk import Desk
 from pipeline.records import Prompts, Rollouts
 
+if TYPE_CHECKING:
+    from pipeline.reference import Reference
+
 OPTIMIZER = "optimizer.safetensors"
+AVERAGE = "diem/average"  # beside the optimizer's moments: the moving average of the batches
 
 
 def run_segment(
@@ -27,6 +31,7 @@ def run_segment(
     evidence: Sequence[str],
     direction: np.ndarray | None,
     *,
+    way: str,
     sampler: str,
     first: int,
     steps: int,
@@ -34,7 +39,7 @@ def run_segment(
     total: int,
 ) -> None:
     """Train from ``start`` for ``steps`` optimizer steps; commit checkpoint, optimizer state, rollouts and metrics."""
-    from pipeline.training import Batches, Optimization, Reference, make_optimizer
+    from pipeline.training import Batches, Optimization, make_optimizer
     from pipeline.training import train as steps_of
 
     config, settings = desk.config, desk.config.train
@@ -49,6 +54,7 @@ def run_segment(
         final=settings.final,
         clip_norm=settings.clip_norm,
         micro_tokens=config.policy.micro_tokens,
+        minibatch=settings.minibatch,
     )
     batches = Batches(
         sampler=sampler,
@@ -61,11 +67,12 @@ def run_segment(
         seed=desk.seed("batches", stage_start),
     )
     began = time.perf_counter()
+    state = None
     policy, optimizer = desk.take(start)
-    optimizer = optimizer or make_optimizer(policy, optimization, _state(desk, start))
-    reference = None
-    if direction is not None and config.diem.strength > 0:
-        reference = Reference(direction, desk.projection(policy), config.diem.ridge, config.diem.strength)
+    if optimizer is None or config.diem.reference == "ema":
+        state = optimizer_tensors(desk, start)
+    optimizer = optimizer or make_optimizer(policy, optimization, state)
+    reference = _reference(desk, policy, way, direction, state)
     desk.hold(key, policy, optimizer)  # under its new key: what it becomes as the steps are taken
 
     def roll(batch: Prompts, step: int) -> Rollouts:
@@ -89,7 +96,26 @@ def run_segment(
     ):
         made.append(step)
         desk.advance(1)
-    _commit(desk, key, start, policy, optimizer, made, time.perf_counter() - began)
+    average = reference.direction if reference and reference.source == "ema" else None
+    _commit(desk, key, start, policy, optimizer, made, average, time.perf_counter() - began)
+
+
+def _reference(
+    desk: Desk, policy: Any, way: str, direction: np.ndarray | None, state: dict[str, Any] | None
+) -> Reference | None:
+    """Return what the steps are aligned with; None for plain GRPO."""
+    from flows.gradients import space
+    from pipeline.reference import Reference
+
+    settings = desk.config.diem
+    if not way:
+        return None
+    if settings.reference == "ema" and state and AVERAGE in state:
+        direction = state[AVERAGE].numpy()
+    where = space(desk, policy, way)
+    return Reference(
+        settings.reference, way, where.projection, direction, settings.ridge, settings.strength, block=where.block
+    )
 
 
 def measure(desk: Desk, key: str, prompts: Prompts) -> dict[str, float]:
@@ -117,7 +143,17 @@ def measure(desk: Desk, key: str, prompts: Prompts) -> dict[str, float]:
     return {"greedy_accuracy": greedy, **exact}
 
 
-def _commit(desk: Desk, key: str, start: str, policy: Any, optimizer: Any, made: list[Any], seconds: float) -> None:
+def _commit(
+    desk: Desk,
+    key: str,
+    start: str,
+    policy: Any,
+    optimizer: Any,
+    made: list[Any],
+    average: np.ndarray | None,
+    seconds: float,
+) -> None:
+    import torch
     from safetensors.torch import save_file
 
     from pipeline.policy import save_policy
@@ -141,11 +177,15 @@ def _commit(desk: Desk, key: str, start: str, policy: Any, optimizer: Any, made:
         meta["adapter_of"] = desk.store.meta(start).get("adapter_of") or start
     with tempfile.TemporaryDirectory() as folder:
         save_policy(policy, Path(folder))
-        save_file(optimizer_state(policy, optimizer), Path(folder) / OPTIMIZER)
+        state = optimizer_state(policy, optimizer)
+        if average is not None:
+            state[AVERAGE] = torch.from_numpy(np.ascontiguousarray(average))
+        save_file(state, Path(folder) / OPTIMIZER)
         desk.store.checkpoints.write(key, Path(folder), meta)
 
 
-def _state(desk: Desk, key: str) -> dict[str, Any] | None:
+def optimizer_tensors(desk: Desk, key: str) -> dict[str, Any] | None:
+    """Return the optimizer's state beside a checkpoint, by ``parameter/part``; None where there is none."""
     from safetensors.torch import load_file
 
     if OPTIMIZER not in desk.store.get(key).files:

@@ -7,7 +7,6 @@ finished by a run that was killed is found again, whoever asks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -68,63 +67,6 @@ def import_rollouts(desk: Desk, data: str) -> list[str]:
     return [key]
 
 
-def featurize(desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str) -> list[str]:
-    """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
-    from pipeline.features import sketch_gradients
-
-    settings, size, keys = desk.config.features, desk.config.evidence.shard, []
-    stored = evidence.read_rollouts_of(desk, rollouts, uids)
-    groups, loaded = stored.groups(), desk.load(policy)
-    projection = desk.projection(loaded)
-    with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            shard = list(groups)[start : start + size]
-            key = desk.store.key(
-                "gradients",
-                policy=policy,
-                adapter=desk.adapter,
-                projection=projection.identity,
-                objective=settings.objective,
-                prompts=shard,
-                rollouts=list(rollouts),
-                recent=desk.config.evidence.recent,
-            )
-            keys.append(key)
-            if not desk.store.done(key):
-                part = stored.take([i for uid in shard for i in groups[uid]])
-                found, rows = sketch_gradients(
-                    loaded, part, settings.objective, projection, micro_tokens=desk.config.policy.micro_tokens
-                )
-                name = {
-                    "policy": policy,
-                    "projection": desk.store.key("projection", **projection.identity),
-                    "objective": settings.objective,
-                }
-                alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
-                desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], name)
-            advance(len(shard))
-    return keys
-
-
-def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:
-    """Compare each prompt's gradient with the mean gradient of each validation set, given as (generations, size)."""
-    key = desk.store.key(
-        "scores", pool=list(pool), targets={name: [list(keys), size] for name, (keys, size) in targets.items()}
-    )
-    if not desk.store.done(key):
-        means = {name: evidence.mean_target(desk, *target) for name, target in targets.items()}
-        aimed = [name for name, mean in means.items() if mean.any()]
-        for name in [name for name in targets if name not in aimed]:
-            desk.reporter.line(f"  {name}: its rollouts all agree, so it has no gradient to align with; left out")
-        queries = np.array([means[name] for name in aimed])
-        found = [desk.store.gradients.search(generation, queries) for generation in pool] if aimed else []
-        cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
-        columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
-        columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
-        desk.store.tables.write(key, "scores", columns, {"targets": aimed})
-    return key
-
-
 def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str, str], scores: str, stage: int) -> str:
     """Fill a stage by fused influence and a random floor; every prompt of the pool gets a reason."""
     from pipeline.curriculum import select_by_influence
@@ -141,7 +83,7 @@ def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str
     )
     if not desk.store.done(key):
         table, pool = desk.store.tables.read(scores), desk.prompts(data, "pool").prompt_uid
-        names = [name for name in table if name.startswith("cosine_")]
+        names = evidence.targets_of(table)
         cosines = np.array([table[name] for name in names], float).reshape(len(names), len(table["prompt_uid"])).T
         budget = max(1, int(settings.share * len(pool)))
         chosen = select_by_influence(
@@ -178,13 +120,17 @@ def train(
     rollouts: Sequence[str],
     *,
     targets: Mapping[str, tuple[Sequence[str], int]] | None,
+    way: str,
     sampler: str,
     first: int,
     steps: int,
     stage_start: int,
     total: int,
 ) -> str:
-    """Take ``steps`` optimizer steps on a stage and store checkpoint, optimizer state, rollouts and metrics."""
+    """Take ``steps`` optimizer steps on a stage and store checkpoint, optimizer state, rollouts and metrics.
+
+    Steps are weighted by ``way``, plain where it is empty, against the mean gradient of ``targets`` if they are given.
+    """
     from flows.learning import run_segment
 
     config = desk.config
@@ -204,7 +150,7 @@ def train(
         sampling=config.sampling.model_dump(),
         beliefs=config.beliefs.model_dump(),
         insight=config.insight.model_dump(),
-        diem=config.diem.model_dump() if targets else {},
+        diem=config.diem.model_dump() | {"way": way} if way else {},
         targets={name: [list(keys), size] for name, (keys, size) in targets.items()} if targets else {},
     )
     if not desk.store.done(key):
@@ -219,6 +165,7 @@ def train(
             selection,
             rollouts,
             direction,
+            way=way,
             sampler=sampler,
             first=first,
             steps=steps,

@@ -10,7 +10,7 @@ from flows import evidence
 from flows.desk import Desk
 
 if TYPE_CHECKING:
-    from flows.curriculum import Arm, Stage
+    from flows.arms import Arm, Stage
 
 
 def count_rollouts(desk: Desk, keys: Sequence[str]) -> int:
@@ -81,14 +81,14 @@ def _diem(metrics: list[dict[str, Any]]) -> str:
 def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]], uids: Sequence[str]) -> None:
     pool = desk.prompts(data, "pool")
     row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    targets = [name for name in table if name.startswith("cosine_")]
+    targets = evidence.targets_of(table)
     lines = []
     for uid in uids:
         i, p = row[uid], pool.rows_of([uid])[0]
         if table["score_influence"][i] is not None:
             cosines = [f"{table[name][i]:+.2f}" for name in targets]
             lines.append([_excerpt(pool.messages[p]), pool.ability[p], *cosines, f"{table['pass_rate'][i]:.2f}"])
-    names = [name.removeprefix("cosine_") for name in targets]
+    names = [name.partition("_")[2] for name in targets]
     desk.reporter.table("  best aligned", ["prompt", "ability", *(f"cos {n}" for n in names), "pass rate"], lines)
 
 

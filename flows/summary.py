@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from flows import evidence, story
+from flows.arms import Arm, Stage
 from flows.config import Config
-from flows.curriculum import Arm, Stage
 from flows.desk import Desk
 
 KINDS = {

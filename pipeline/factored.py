@@ -3,15 +3,16 @@ r"""Projection of layer gradients from their two factors, without ever forming t
 The gradient of a linear layer is a sum of outer products. A CountSketch of each factor gives a sketch of the product,
 and all layers share one sketch:
 
-    G_l = sum_t b_t a_t^T          z = sum_l S_l b (T_l a)^T  =  sum_l S_l G_l T_l^T         E <z, z'> = sum_l <G_l, G'_l>
+    G_l = sum_t b_t a_t^T        z = sum_l S_l b (T_l a)^T = sum_l S_l G_l T_l^T        E <z, z'> = sum_l <G_l, G'_l>
 
 a, b   inputs and output gradients of layer l       (tokens, in), (tokens, out)
-S, T   CountSketches, keyed by (seed, parameter name, side); blocks of p coordinates are rolled, each coordinate has its sign
+S, T   CountSketches, keyed by (seed, parameter name, side): blocks of p coordinates are rolled, each coordinate signed
 z      sketch                                        (p, p), p = floor(sqrt(dim_out))
 
-A product of two sketches errs by the order of 1 / sqrt(p) on gradients of low rank, more than ``pipeline.projection`` at
-the same size, and costs 5 to 14 times less than the weight gradients that it replaces. Summing over layers rather than
-concatenating them keeps p large: at equal size its error is a third of that of one small sketch a layer (LoGra, arXiv:2405.13954).
+A product of two sketches errs by the order of 1 / sqrt(p) on gradients of low rank, more than ``pipeline.projection``
+at the same size, and costs several times less than the weight gradients that it replaces. Summing over layers rather
+than concatenating them keeps p large: at equal size its error is a third of that of one small sketch a layer (LoGra,
+arXiv:2405.13954).
 """
 
 from __future__ import annotations
@@ -111,10 +112,8 @@ class FactoredProjection:
                 out[..., : high - low - split] += signed[..., low + split : high]
         return out
 
-    def _side(
-        self, name: str, side: str, size: int, device: torch.device
-    ) -> tuple[list[int], Tensor, Tensor | None]:
-        """Return the roll of each block and the sign of each coordinate of one side, and their matrix if it is small."""
+    def _side(self, name: str, side: str, size: int, device: torch.device) -> tuple[list[int], Tensor, Tensor | None]:
+        """Return the roll of each block and the sign of each coordinate of one side; their matrix if it is small."""
         if name not in self.layout:
             raise ValueError(f"parameter {name!r} is not in the layout, which holds {sorted(self.layout)[:8]}...")
         key = (name, side, size, device)

@@ -1,9 +1,9 @@
 r"""Features: each prompt's policy gradient, projected as it is made.
 
-    z_p = R M^(1/2) g_p                R from ``pipeline.projection`` or ``pipeline.factored``, g from ``pipeline.gradients``
+    z_p = R M^(1/2) g_p        R from ``pipeline.projection`` or ``pipeline.factored``, g from ``pipeline.gradients``
 
-M is the diagonal metric of an optimizer, the identity unless one is given: <z_p, z_q> = g_p M g_q to the error of R, which
-is the effect of an Adam step on p upon q (LESS, arXiv:2402.04333, preconditions one side).
+M is the diagonal metric of an optimizer, the identity unless one is given: <z_p, z_q> = g_p M g_q to the error of R,
+which is the effect of an Adam step on p upon q (LESS, arXiv:2402.04333, preconditions one side).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def projection_for(
     seed: int = 0,
     scope: Scope | None = None,
 ) -> Projection:
-    """Return the ``sparse`` or ``factored`` projection of this policy's trainable parameters, or of those in a scope."""
+    """Return the ``sparse`` or ``factored`` projection of a policy's trainable parameters, or of those in a scope."""
     parameters = policy.trainable() if scope is None else parameters_of(scope)
     layout = {name: p.numel() for name, p in parameters.items()}
     if kind == "sparse":
@@ -91,7 +91,9 @@ def projection_for(
     raise ValueError(f"kind = {kind!r}, keep = {keep}: sparse, or factored with keep = 1")
 
 
-def adam_metric(policy: Policy, state: Mapping[str, Tensor], *, beta: float, epsilon: float = 1e-8) -> dict[str, Tensor]:
+def adam_metric(
+    policy: Policy, state: Mapping[str, Tensor], *, beta: float, epsilon: float = 1e-8
+) -> dict[str, Tensor]:
     """Return Adam's diagonal metric, M = 1 / (sqrt(v / (1 - beta^step)) + epsilon), by parameter name.
 
     Args:
@@ -105,7 +107,9 @@ def adam_metric(policy: Policy, state: Mapping[str, Tensor], *, beta: float, eps
     """
     absent = [name for name in policy.trainable() if f"{name}/exp_avg_sq" not in state]
     if absent:
-        raise ValueError(f"optimizer state lacks {absent[0]!r}, one of {len(absent)}: give the state of this policy's run")
+        raise ValueError(
+            f"optimizer state lacks {absent[0]!r}, one of {len(absent)}: give the state of this policy's run"
+        )
     return {
         name: 1 / ((state[f"{name}/exp_avg_sq"].float() / (1 - beta ** float(state[f"{name}/step"]))).sqrt() + epsilon)
         for name in policy.trainable()
@@ -115,7 +119,7 @@ def adam_metric(policy: Policy, state: Mapping[str, Tensor], *, beta: float, eps
 def sketcher(
     projection: Projection, table: Tensor, start: int = 0, root: Mapping[str, Tensor] | None = None
 ) -> Handler:
-    """Return a handler for ``pipeline.gradients.backward`` that adds to ``table``, whose first row is prompt ``start``."""
+    """Return a handler for ``backward`` that adds to ``table``, whose first row is prompt ``start``."""
 
     def sink(name: str, prompts: slice, grads: Tensor, rows: Tensor | None = None) -> None:
         assert isinstance(projection, SparseProjection)

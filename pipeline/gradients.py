@@ -91,8 +91,9 @@ def backward(
     for rows in parts:
         first = rows[0].prompt
         sizes = np.bincount([row.prompt - first for row in rows]).tolist()
-        with only(policy.model, layers), capture(
-            policy.model, len(rows), partial(_hand, handler, sizes, first), scope=layers
+        with (
+            only(policy.model, layers),
+            capture(policy.model, len(rows), partial(_hand, handler, sizes, first), scope=layers),
         ):
             logp = packed_logps(policy, rollouts, rows)
             if weights is None:

@@ -1,4 +1,4 @@
-r"""Sparse random projection of gradients, one signed bucket a coordinate, in two stages that only read the gradient once.
+r"""Sparse random projection of gradients, one signed bucket a coordinate, in two stages that read the gradient once.
 
 CROPI's sparse projection (arXiv:2510.26491), with the intended coordinate set; the second stage is a CountSketch
 (Charikar et al. 2002), a sparse Johnson-Lindenstrauss transform with one nonzero a column.
@@ -12,10 +12,10 @@ z      its sketch                                                       (prompts
 r_B, s_B   roll and sign of a block: hashes of (seed, parameter name, block within the parameter)
 h, s       bucket and sign of a table entry: hashes of (seed, entry)
 
-Adding whole blocks is a streaming sum, so a projection costs about two readings of the gradient; hashing each coordinate
-by itself costs twenty. The hashes belong to the coordinate, not to its position, so any order or sharding of the parameters
-gives the same z to rounding, and pool and validation are comparable. The cosine's error is 1 / sqrt(dim_out) per pair;
-the width is prime because rows of weights have power-of-two strides and would collide as a whole.
+Adding whole blocks is a streaming sum, so a projection costs about two readings of the gradient; hashing each
+coordinate by itself costs twenty. The hashes belong to the coordinate, not to its position, so any order or sharding of
+the parameters gives the same z to rounding, and pool and validation are comparable. The cosine's error is
+1 / sqrt(dim_out) per pair; the width is prime because rows of weights have power-of-two strides and would collide.
 Departures: (1) ``keep`` = 1 by default: dropping coordinates sets an error floor that no ``dim_out`` removes, and at
 ``keep`` = 0.1 the published gain comes from a float16 cast that is not made here; (2) kept coordinates are drawn from
 the whole gradient (the released code draws them from its first entries).
@@ -49,8 +49,8 @@ class SparseProjection:
         layout: sizes of the named parameters that make up the flat gradient, in order; one unnamed one by default.
 
     Raises:
-        ValueError: a size is not positive, ``dim_out`` exceeds ``dim_in`` or the table, ``keep`` is outside (0, 1], or the
-            layout does not add up to ``dim_in``.
+        ValueError: a size is not positive, ``dim_out`` exceeds ``dim_in`` or the table, ``keep`` is outside (0, 1], or
+            the layout does not add up to ``dim_in``.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 r"""What a step is aligned with: the reference gradient of DIEM, in the space of a projection.
 
-    minibatch       sum of the minibatch's own features: weights of one, up to the ridge (arXiv:2608.29252, literal)
-    rollout_batch   sum over the whole rollout batch, of which the minibatch is a part
-    ema             m <- d m + (1 - d) sum of the minibatch, of the batches before this one
-    validation      mean gradient of the validation sets, made elsewhere
+minibatch       sum of the minibatch's own features: weights of one, up to the ridge (arXiv:2608.29252, literal)
+rollout_batch   sum over the whole rollout batch, of which the minibatch is a part
+ema             m <- d m + (1 - d) sum of the minibatch, of the batches before this one
+validation      mean gradient of the validation sets, made elsewhere
 """
 
 from __future__ import annotations

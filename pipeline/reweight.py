@@ -15,7 +15,8 @@ the gradients; (3) samples without gradient leave the solve and keep weight one;
 clip, not before; (5) the weights are mixed with one, (1 - a) + a W, because at full strength four of eleven prompts
 carry the step and whole runs lose to plain GRPO; ``temper_to_floor`` lowers a where Kish's effective sample size
 
-    ESS = (sum w)^2 / sum w^2,   w = 1 + a (W - 1)      ESS >= f n   while   a (sqrt(f) sd - sqrt(1 - f) mu) <= sqrt(1 - f)
+    ESS = (sum w)^2 / sum w^2,   w = 1 + a (W - 1)
+    ESS >= f n   while   a (sqrt(f) sd - sqrt(1 - f) mu) <= sqrt(1 - f)
     mu, sd = mean and standard deviation of W - 1 over the n samples with a gradient
 
 would fall below a share f of the samples; (6) arXiv v1 prints the two square roots swapped, which violates the
@@ -142,7 +143,7 @@ def temper_to_floor(
 def permuted(
     weights: Float[np.ndarray, " prompts"], active: Bool[np.ndarray, " prompts"], *seed: object
 ) -> Float[np.ndarray, " prompts"]:
-    """Return the weights of the active prompts in a random order keyed by ``seed``: as uneven, and aligned with nothing.
+    """Return the active prompts' weights in a random order keyed by ``seed``: as uneven, and aligned with nothing.
 
     The control that tells what alignment is worth apart from the concentration that comes with it.
     """

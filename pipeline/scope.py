@@ -1,7 +1,7 @@
-"""Which parameters a gradient is taken of: all that train, those that some patterns name, or the last block and the head.
+"""Which parameters a gradient is taken of: all that train, those that patterns name, or the last block and the head.
 
-A scope maps each layer to its parameters, attribute to name. Layers rather than names alone, because a tied matrix is two
-layers: the head, at the end, and the embedding, at the beginning.
+A scope maps each layer to its parameters, attribute to name. Layers rather than names alone, because a tied matrix is
+two layers: the head, at the end, and the embedding, at the beginning.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def named(model: nn.Module, patterns: Sequence[str]) -> Scope:
     known = sorted({name for names in whole.values() for name in names.values()})
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):
-            raise ValueError(f"layers: {pattern!r} matches no trainable parameter; there are {', '.join(known[:8])}, ...")
+            raise ValueError(
+                f"layers: {pattern!r} matches no trainable parameter; there are {', '.join(known[:8])}, ..."
+            )
     scope = {
         module: {key: name for key, name in names.items() if any(fnmatchcase(name, p) for p in patterns)}
         for module, names in whole.items()

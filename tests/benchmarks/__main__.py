@@ -18,9 +18,9 @@ import torch
 
 from pipeline.embedded.families import example
 from pipeline.embedded.warm_start import untrained_policy
+from pipeline.features import projection_for, sketch_gradients
 from pipeline.generation import Request, Sampling
 from pipeline.generation.transformers import TransformersGenerate
-from pipeline.features import projection_for, sketch_gradients
 from pipeline.gradients import prompt_gradients
 from pipeline.policy import collate, token_logps
 from pipeline.records import Rollouts

@@ -128,7 +128,10 @@ def test_a_diverged_policy_is_refused_by_prompt(llama, make_rollouts):
     before = list(llama.trainable())
     with torch.no_grad():
         llama.model.lm_head.weight[3] = float("nan")
-    for function, last in ((prompt_gradients, lambda *part, **rows: None), (sketch_gradients, projection_for(llama, 8))):
+    for function, last in (
+        (prompt_gradients, lambda *part, **rows: None),
+        (sketch_gradients, projection_for(llama, 8)),
+    ):
         with pytest.raises(FloatingPointError, match="prompt-0"):
             function(llama, rollouts, "grpo_sequence", last)
     assert list(llama.trainable()) == before

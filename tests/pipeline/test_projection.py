@@ -1,6 +1,6 @@
 """The sparse projection, against its dense matrix, over seeds, and against scikit-learn's."""
 
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def test_parameters_may_come_in_shards(keep, width, seed, monkeypatch):
     whole, table, shards = projection(rows) * np.sqrt(keep), projection.zeros(4), []
     for name, part in split(rows).items():
         cuts = [0, *sorted(rng.integers(0, LAYOUT[name] + 1, 3).tolist()), LAYOUT[name]]
-        shards += [(name, part[:, a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)]
+        shards += [(name, part[:, a:b], a) for a, b in pairwise(cuts)]
     for i in rng.permutation(len(shards)):
         name, part, start = shards[i]
         for half in (part / 2, part / 2):

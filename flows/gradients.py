@@ -1,0 +1,194 @@
+"""The steps that need gradients: features of prompts, and their scores against the validation sets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flows import evidence
+from flows.desk import Desk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.features import Projection
+    from pipeline.policy import Policy
+
+WEIGHTS_DIM = 1024  # of the factored sketch that weights are made from: importance ranks as exact at .97
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where gradients are compared.
+
+    Attributes:
+        projection: of the gradients.
+        scope: layers that are differentiated; None for all that train.
+        block: last block and its scope, where the space is that of the way ``scope``.
+        metric: name of the metric.
+    """
+
+    projection: Projection
+    scope: Any
+    block: Any
+    metric: str
+
+
+def space(desk: Desk, policy: Policy, name: str) -> Space:
+    """Return the space of the features, or that of a way of ``pipeline.weighted``."""
+    from pipeline.features import projection_for
+    from pipeline.scope import last_block, named
+
+    settings, block, scope = desk.config.features, None, None
+    metric = settings.metric if name == "features" else "euclidean"
+    if name == "scope":
+        block = last_block(policy.model)
+        scope = block[1]
+    elif name in ("features", "exact") and settings.layers:
+        scope = named(policy.model, settings.layers)
+    if name in ("bookkeeping", "scope"):
+        kind, dim, keep = "factored", WEIGHTS_DIM, 1.0
+    else:
+        kind, dim, keep = "sparse" if name == "exact" else settings.projection, settings.dim, settings.keep
+    if name not in desk.projections:  # its tables are worth keeping from stage to stage
+        desk.projections[name] = projection_for(policy, dim, kind=kind, keep=keep, seed=settings.seed, scope=scope)
+    return Space(desk.projections[name], scope, block, metric)
+
+
+def way(desk: Desk, policy: str) -> str:
+    """Return the way that steps are weighted, as the settings say or as the size of a batch allows, and say which."""
+    from pipeline.weighted import choose
+
+    settings, train = desk.config.diem, desk.config.train
+    if settings.way != "auto":
+        return settings.way
+    prompts = train.minibatch or train.batch
+    found, why = choose(desk.load(policy), prompts, prompts * train.rollouts * desk.config.sampling.max_new_tokens)
+    desk.reporter.line(f"  weights by the way {found!r}: {why}")
+    return found
+
+
+def featurize(
+    desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str, *, name: str = "features"
+) -> list[str]:
+    """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
+    from pipeline.features import sketch_gradients
+
+    settings, size, keys = desk.config.features, desk.config.evidence.shard, []
+    stored = evidence.read_rollouts_of(desk, rollouts, uids)
+    groups, loaded = stored.groups(), desk.load(policy)
+    where = space(desk, loaded, name)
+    metric = _metric(desk, policy, loaded) if where.metric == "adam" else None
+    with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
+        for start in range(0, len(groups), size):
+            shard = list(groups)[start : start + size]
+            key = desk.store.key(
+                "gradients",
+                policy=policy,
+                adapter=desk.adapter,
+                projection=where.projection.identity,
+                metric=where.metric,
+                objective=settings.objective,
+                prompts=shard,
+                rollouts=list(rollouts),
+                recent=desk.config.evidence.recent,
+            )
+            keys.append(key)
+            if not desk.store.done(key):
+                part = stored.take([i for uid in shard for i in groups[uid]])
+                found, rows = sketch_gradients(
+                    loaded,
+                    part,
+                    settings.objective,
+                    where.projection,
+                    micro_tokens=desk.config.policy.micro_tokens,
+                    metric=metric,
+                    scope=where.scope,
+                )
+                meta = {
+                    "policy": policy,
+                    "projection": desk.store.key("projection", **where.projection.identity),
+                    "objective": settings.objective,
+                }
+                alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
+                desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], meta)
+            advance(len(shard))
+    return keys
+
+
+def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:
+    """Compare each prompt's gradient with the mean gradient of each validation set, given as (generations, size)."""
+    key = desk.store.key(
+        "scores", pool=list(pool), targets={name: [list(keys), size] for name, (keys, size) in targets.items()}
+    )
+    if not desk.store.done(key):
+        means = {name: evidence.mean_target(desk, *target) for name, target in targets.items()}
+        aimed = _aimed(desk, {name: bool(mean.any()) for name, mean in means.items()})
+        queries = np.array([means[name] for name in aimed])
+        found = [desk.store.gradients.search(generation, queries) for generation in pool] if aimed else []
+        cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
+        columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
+        columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
+        desk.store.tables.write(key, "scores", columns, {"targets": aimed})
+    return key
+
+
+def score_directional(
+    desk: Desk,
+    policy: str,
+    uids: Sequence[str],
+    rollouts: Sequence[str],
+    targets: Mapping[str, tuple[Sequence[str], Sequence[str]]],
+) -> str:
+    """Return each prompt's inner product with each validation set's gradient, from forward passes alone.
+
+    A target is given by its prompts and their rollouts. No gradient of the pool is made, and none is stored.
+    """
+    from pipeline.directional import dot_scores, target_direction
+
+    settings, micro_tokens = desk.config.features, desk.config.policy.micro_tokens
+    key = desk.store.key(
+        "scores",
+        directional=policy,
+        adapter=desk.adapter,
+        objective=settings.objective,
+        prompts=list(uids),
+        rollouts=list(rollouts),
+        recent=desk.config.evidence.recent,
+        targets={name: [list(of), list(keys)] for name, (of, keys) in targets.items()},
+    )
+    if not desk.store.done(key):
+        loaded, stored = desk.load(policy), evidence.read_rollouts_of(desk, rollouts, uids)
+        made = {}
+        for name, (of, keys) in targets.items():
+            aim = evidence.read_rollouts_of(desk, keys, of)
+            made[name] = target_direction(loaded, aim, settings.objective, size=len(of), micro_tokens=micro_tokens)
+        aimed = _aimed(desk, {name: any(bool(g.any()) for g in grads.values()) for name, grads in made.items()})
+        columns: dict[str, Any] = {"prompt_uid": list(stored.groups())}
+        for name in aimed:
+            with desk.reporter.bar(f"two forward passes, {name}", 1) as advance:
+                found, dots = dot_scores(loaded, stored, settings.objective, made[name])
+                advance(1)
+            columns[f"dot_{name}"] = dots.tolist()
+            assert found == columns["prompt_uid"]
+        desk.store.tables.write(key, "scores", columns if aimed else {"prompt_uid": []}, {"targets": aimed})
+    return key
+
+
+def _aimed(desk: Desk, has_gradient: Mapping[str, bool]) -> list[str]:
+    for name in [name for name, has in has_gradient.items() if not has]:
+        desk.reporter.line(f"  {name}: its rollouts all agree, so it has no gradient to align with; left out")
+    return [name for name, has in has_gradient.items() if has]
+
+
+def _metric(desk: Desk, key: str, policy: Policy) -> dict[str, Tensor]:
+    from flows.learning import optimizer_tensors
+    from pipeline.features import adam_metric
+
+    state = optimizer_tensors(desk, key)
+    if state is None:
+        raise ValueError("features.metric = 'adam': the policy has no optimizer state yet; use metric = 'euclidean'")
+    return adam_metric(policy, state, beta=desk.config.train.betas[1])

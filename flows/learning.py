@@ -39,7 +39,8 @@ def run_segment(
     total: int,
 ) -> None:
     """Train from ``start`` for ``steps`` optimizer steps; commit checkpoint, optimizer state, rollouts and metrics."""
-    from pipeline.training import Batches, Optimization, make_optimizer
+    from pipeline.optimization import Optimization, make_optimizer
+    from pipeline.training import Batches
     from pipeline.training import train as steps_of
 
     config, settings = desk.config, desk.config.train
@@ -156,8 +157,8 @@ def _commit(
     import torch
     from safetensors.torch import save_file
 
+    from pipeline.optimization import optimizer_state
     from pipeline.policy import save_policy
-    from pipeline.training import optimizer_state
 
     rollouts = Rollouts.concat(step.rollouts for step in made)
     drawn = hashlib.sha256(np.concatenate([np.asarray(x, np.float32) for x in rollouts.logp_old]).tobytes()).hexdigest()

@@ -98,7 +98,7 @@ def adam_metric(
 
     Args:
         policy: whose trainable parameters are measured.
-        state: optimizer state by ``parameter/part``, as ``pipeline.training.optimizer_state`` gives it.
+        state: optimizer state by ``parameter/part``, as ``pipeline.optimization.optimizer_state`` gives it.
         beta: decay of the second moment.
         epsilon: as in Adam.
 

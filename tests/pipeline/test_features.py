@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from pipeline.features import adam_metric, projection_for, sketch_gradients
+from pipeline.optimization import Optimization, make_optimizer, optimizer_state
 from pipeline.scope import named, parameters_of
-from pipeline.training import Optimization, make_optimizer, optimizer_state
 from tests.oracles import gradients_by_loop
 
 SETTINGS = Optimization(

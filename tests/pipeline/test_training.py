@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pipeline.features import projection_for, sketch_gradients
+from pipeline.optimization import Optimization, make_optimizer, optimizer_state
 from pipeline.policy import collate, token_logps
 from pipeline.records import Rollouts
 from pipeline.reference import Reference
-from pipeline.training import Batches, Optimization, make_optimizer, optimizer_state, train
+from pipeline.training import Batches, train
 
 PAIRS = [(f"{i}+{i}=", str(2 * i)) for i in range(5)]
 SETTINGS = Optimization(

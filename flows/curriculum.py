@@ -147,33 +147,33 @@ def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) 
         fresh[split] = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
         stage.rollouts_select += story.count_rollouts(desk, fresh[split])
     uids_of = {split: desk.prompts(data, split).prompt_uid for split in fresh}
-    if config.diem.strength > 0:
-        stage.way = gradients.way(desk, policy)
-    if stage.way and config.diem.reference == "validation":
-        for split, shards in fresh.items():
-            made = do("featurize", policy, uids_of[split], shards, f"{split}, for the weights", name=stage.way)
-            stage.targets[split] = (made, len(uids_of[split]))
     excluded = evidence.cascade(desk, data, arm.evidence)
     wanted = [uid for uid in desk.prompts(data, "pool").prompt_uid if uid not in excluded]
     story.tell_cascade(desk, excluded, len(wanted))
-    stage.scores = _score(do, arm, policy, wanted, uids_of, fresh)
+    targets: dict[str, tuple[list[str], int]] = {}
+    if config.features.score == "directional":
+        aims = {split: (uids, fresh[split]) for split, uids in uids_of.items()}
+        stage.scores = do("score_directional", policy, wanted, arm.evidence, aims)
+    else:
+        targets = _targets(do, policy, uids_of, fresh, "features")
+        stage.scores = do("score", do("featurize", policy, wanted, arm.evidence, "pool"), targets)
+    if config.diem.strength > 0:
+        stage.way = gradients.way(desk, policy)
+    if stage.way and config.diem.reference == "validation":
+        shared = targets and gradients.is_that_of_features(desk, policy, stage.way)
+        stage.targets = targets if shared else _targets(do, policy, uids_of, fresh, stage.way)
     stage.selection = do("select", data, arm.evidence, excluded, stage.scores, number)
     return stage
 
 
-def _score(
-    do: Do,
-    arm: Arm,
-    policy: str,
-    wanted: list[str],
-    uids_of: dict[str, tuple[str, ...]],
-    fresh: dict[str, list[str]],
-) -> str:
-    if do.desk.config.features.score == "directional":
-        targets = {split: (uids, fresh[split]) for split, uids in uids_of.items()}
-        return str(do("score_directional", policy, wanted, arm.evidence, targets))
-    made = {split: (do("featurize", policy, uids, fresh[split], split), len(uids)) for split, uids in uids_of.items()}
-    return str(do("score", do("featurize", policy, wanted, arm.evidence, "pool"), made))
+def _targets(
+    do: Do, policy: str, uids_of: dict[str, tuple[str, ...]], fresh: dict[str, list[str]], space: str
+) -> dict[str, tuple[list[str], int]]:
+    """Return the generations of each validation set's gradients in a space, and the sizes of the sets."""
+    return {
+        split: (do("featurize", policy, uids, fresh[split], split, name=space), len(uids))
+        for split, uids in uids_of.items()
+    }
 
 
 def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, sampler: str) -> str:

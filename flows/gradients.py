@@ -58,6 +58,13 @@ def space(desk: Desk, policy: Policy, name: str) -> Space:
     return Space(desk.projections[name], scope, block, metric)
 
 
+def is_that_of_features(desk: Desk, policy: str, name: str) -> bool:
+    """Return whether a way's space is the one that features are in, so that their targets serve it."""
+    loaded = desk.load(policy)
+    ours, theirs = space(desk, loaded, name), space(desk, loaded, "features")
+    return (ours.projection.identity, ours.metric) == (theirs.projection.identity, theirs.metric)
+
+
 def way(desk: Desk, policy: str) -> str:
     """Return the way that steps are weighted, as the settings say or as the size of a batch allows, and say which."""
     from pipeline.weighted import choose

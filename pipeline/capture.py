@@ -47,17 +47,22 @@ class Layer:
 
     @cached_property
     def scale_gradients(self) -> Tensor:
-        """Each row's gradient of an RMS norm's scale, (rows, dim): the layer's own product, once for all rows."""
-        (key, _), x = next(iter(self.names.items())), self.x.float()
+        """Each row's gradient of an RMS norm's scale, (rows, dim).
+
+        The output is linear in the scale, so xhat is what the layer gives at scale one less what it gives at zero,
+        whether the layer multiplies by its parameter or by one plus its parameter.
+        """
+        key, x = next(iter(self.names)), self.x.float()
         frozen = getattr(self.module, key)
-        lifted = frozen.detach().float().expand(len(x), *[1] * (x.dim() - 2), -1).clone().requires_grad_()
         try:
-            self.module._parameters[key] = lifted  # type: ignore[assignment]  # one copy a row: a scale acts entrywise
-            with torch.enable_grad():
-                out = self.module.forward(x)
-            return torch.autograd.grad(out, lifted, self.b.to(out.dtype))[0].flatten(1)
+            with torch.no_grad():
+                at = []
+                for scale in (1.0, 0.0):
+                    self.module._parameters[key] = torch.full_like(frozen, scale, dtype=torch.float32)  # type: ignore[assignment]
+                    at.append(self.module.forward(x))
         finally:
             self.module._parameters[key] = frozen
+        return (self.b.float() * (at[0] - at[1])).flatten(1, -2).sum(1)
 
 
 @runtime_checkable

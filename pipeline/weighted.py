@@ -89,7 +89,7 @@ def exact(
         projection.add(table, name, kept[name].flatten(1))
     weights = torch.from_numpy(weigh(projection.finish(table).cpu().numpy())).float().to(policy.device)
     for name, parameter in policy.trainable().items():
-        _add_grad(parameter, torch.mv(kept[name].flatten(1).T, weights).view_as(parameter))
+        _add_grad(parameter, (weights @ kept[name].flatten(1)).view_as(parameter))
 
 
 def bookkeeping(
@@ -209,18 +209,23 @@ def _add_weighted(policy: Policy, layer: Layer, sizes: Sequence[int], weights: n
         key = next(iter(names))
         _add_grad(getattr(module, key), w @ layer.scale_gradients)
         return
-    b = layer.b.float() * w.view(-1, *[1] * (layer.b.dim() - 1))
-    flat = b.reshape(-1, b.shape[-1])
     if isinstance(module, nn.Linear):
         if "weight" in names:
-            _add_grad(module.weight, flat.T @ x.reshape(-1, x.shape[-1]).float())
+            b, narrow = layer.b, x.shape[-1] < layer.b.shape[-1]
+            x, b = (_scaled(x, w), b.float()) if narrow else (x.float(), _scaled(b, w))
+            _add_grad(module.weight, b.reshape(-1, b.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
         if "bias" in names:
-            _add_grad(module.bias, flat.sum(0))
+            _add_grad(module.bias, _scaled(layer.b, w).flatten(0, -2).sum(0))
     elif isinstance(module, nn.Embedding):
-        _add_grad(module.weight, torch.zeros_like(module.weight, dtype=torch.float32).index_add_(0, x.flatten(), flat))
+        looked_up = torch.zeros_like(module.weight, dtype=torch.float32)
+        _add_grad(module.weight, looked_up.index_add_(0, x.flatten(), _scaled(layer.b, w).flatten(0, -2)))
     else:
-        for name, grads in layer_vjp(Layer(module, names, x, b), sizes).items():
+        for name, grads in layer_vjp(Layer(module, names, x, _scaled(layer.b, w)), sizes).items():
             _add_grad(policy.model.get_parameter(name), grads.sum(0))
+
+
+def _scaled(rows: Tensor, weights: Tensor) -> Tensor:
+    return rows.float() * weights.view(-1, *[1] * (rows.dim() - 1))
 
 
 def _of_rows(weights: np.ndarray, sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -27,7 +27,7 @@ WARM = (
 )
 COMPUTED = {
     "pipeline.evaluation": "greedy_accuracy",
-    "pipeline.gradients": "sketch_gradients",
+    "pipeline.features": "sketch_gradients",
     "pipeline.rollouts": "collect",
     "pipeline.training": "train",
 }

@@ -40,9 +40,9 @@ def assert_close(ours, expected):
 def test_scores_are_the_inner_products(policy, make_rollouts):
     """Each score is the exact inner product up to a thousandth, and the ranking is the exact one."""
     rollouts = make_rollouts(policy, prompts=12, temperature=0.7)
-    direction = target_direction(policy, make_rollouts(policy, seed=1), "cropi_is", size=3)
-    uids, scores = dot_scores(policy, rollouts, "cropi_is", direction)
-    expected = exact_dots(policy, rollouts, "cropi_is", direction)
+    direction = target_direction(policy, make_rollouts(policy, seed=1), "grpo_sequence", size=3)
+    uids, scores = dot_scores(policy, rollouts, "grpo_sequence", direction)
+    expected = exact_dots(policy, rollouts, "grpo_sequence", direction)
     assert uids == list(rollouts.groups())
     assert_close(scores, expected)
     assert spearmanr(scores, expected)[0] > 0.99
@@ -61,9 +61,9 @@ def test_every_objective_keeps_its_coefficients(llama, make_rollouts, objective)
 def test_the_target_is_the_mean_of_the_gradients(policy, make_rollouts):
     """The target is the sum of the prompts' gradients over ``size``, whatever the passes; left-out prompts count."""
     rollouts = make_rollouts(policy)
-    loop = gradients_by_loop(policy, rollouts, "cropi_is").values()
+    loop = gradients_by_loop(policy, rollouts, "grpo_sequence").values()
     for micro_tokens in (65_536, 30, 1):
-        ours = target_direction(policy, rollouts, "cropi_is", size=5, micro_tokens=micro_tokens)
+        ours = target_direction(policy, rollouts, "grpo_sequence", size=5, micro_tokens=micro_tokens)
         for name, part in ours.items():
             mean = sum(grads[name] for grads in loop) / 5
             assert torch.allclose(part, mean, rtol=1e-3, atol=2e-5 * float(mean.abs().max()))
@@ -73,9 +73,9 @@ def test_the_target_is_the_mean_of_the_gradients(policy, make_rollouts):
 def test_scores_along_their_own_sum_add_up_to_its_square(policy, make_rollouts):
     """With the sum of the gradients as the target, the scores add up to its squared length."""
     rollouts = make_rollouts(policy)
-    total = target_direction(policy, rollouts, "cropi_is", size=3)
+    total = target_direction(policy, rollouts, "grpo_sequence", size=3)
     square = sum(float(part.double().pow(2).sum()) for part in total.values())
-    assert dot_scores(policy, rollouts, "cropi_is", total)[1].sum() / 3 == pytest.approx(square, rel=1e-3)
+    assert dot_scores(policy, rollouts, "grpo_sequence", total)[1].sum() / 3 == pytest.approx(square, rel=1e-3)
 
 
 def test_a_table_of_logits_by_hand():
@@ -101,8 +101,8 @@ def test_a_table_of_logits_by_hand():
     rollouts = Rollouts(*zip(one, two, strict=True))
     v = {"rows.weight": torch.tensor([[0.0, 2.0, -1.0], [7.0, 7.0, 7.0], [5.0, 0.0, 0.0]])}
     a = 0.5 / (np.sqrt(0.5) + 1e-4)
-    assert dot_scores(policy, rollouts, "cropi", v)[1] == pytest.approx([a / 2 * 3], rel=1e-3)
-    direction = target_direction(policy, rollouts, "cropi", size=2)["rows.weight"]
+    assert dot_scores(policy, rollouts, "grpo", v)[1] == pytest.approx([a / 2 * 3], rel=1e-3)
+    direction = target_direction(policy, rollouts, "grpo", size=2)["rows.weight"]
     assert direction.numpy() == pytest.approx(np.array([[0, a / 4, -a / 4], [0, 0, 0], [0, 0, 0]]), rel=1e-4, abs=1e-7)
 
 
@@ -111,7 +111,7 @@ def test_length_of_the_target_batches_and_order_do_not_matter(_fixed, exponent, 
     """Scores scale with the target, and do not depend on which rollouts share a pass, or on their order."""
     policy, rollouts, direction, scores = _fixed
     scaled = {name: part * 10.0**exponent for name, part in direction.items()}
-    uids, ours = dot_scores(policy, rollouts.take(order), "cropi_is", scaled, batch_tokens=batch_tokens)
+    uids, ours = dot_scores(policy, rollouts.take(order), "grpo_sequence", scaled, batch_tokens=batch_tokens)
     assert_close(ours / 10.0**exponent, np.array([scores[uid] for uid in uids]))
 
 
@@ -121,8 +121,13 @@ def _fixed():
 
     policy = untrained_policy(0)
     rollouts = _make_rollouts(policy)
-    direction = target_direction(policy, rollouts, "cropi_is", size=3)
-    return policy, rollouts, direction, dict(zip(*dot_scores(policy, rollouts, "cropi_is", direction), strict=True))
+    direction = target_direction(policy, rollouts, "grpo_sequence", size=3)
+    return (
+        policy,
+        rollouts,
+        direction,
+        dict(zip(*dot_scores(policy, rollouts, "grpo_sequence", direction), strict=True)),
+    )
 
 
 def test_a_target_that_these_rollouts_do_not_feel_scores_zero(llama, make_rollouts):
@@ -132,13 +137,13 @@ def test_a_target_that_these_rollouts_do_not_feel_scores_zero(llama, make_rollou
     direction["model.embed_tokens.weight"][llama.tokenizer.eos_token_id] = 1.0
     there = {token for ids in (*rollouts.prompt_ids, *rollouts.completion_ids) for token in ids}
     assert llama.tokenizer.eos_token_id not in there
-    assert not dot_scores(llama, rollouts, "cropi_is", direction)[1].any()
+    assert not dot_scores(llama, rollouts, "grpo_sequence", direction)[1].any()
 
 
 def test_prompts_that_agree_score_zero(llama, make_rollouts):
     """Where all rewards are equal the score is zero: such a prompt has no gradient."""
-    direction = target_direction(llama, make_rollouts(llama, seed=1), "cropi_is", size=3)
-    assert not dot_scores(llama, make_rollouts(llama, rewards=(1.0,)), "cropi_is", direction)[1].any()
+    direction = target_direction(llama, make_rollouts(llama, seed=1), "grpo_sequence", size=3)
+    assert not dot_scores(llama, make_rollouts(llama, rewards=(1.0,)), "grpo_sequence", direction)[1].any()
 
 
 def test_bfloat16_is_scored_in_a_float32_copy(llama, make_rollouts):
@@ -146,25 +151,25 @@ def test_bfloat16_is_scored_in_a_float32_copy(llama, make_rollouts):
     rollouts = make_rollouts(llama, prompts=8)
     llama.model.to(torch.bfloat16)
     before = {name: p.clone() for name, p in llama.model.named_parameters()}
-    direction = target_direction(llama, make_rollouts(llama, seed=1), "cropi_is", size=3)
-    _, rough = dot_scores(llama, rollouts, "cropi_is", direction)
+    direction = target_direction(llama, make_rollouts(llama, seed=1), "grpo_sequence", size=3)
+    _, rough = dot_scores(llama, rollouts, "grpo_sequence", direction)
     assert all(torch.equal(p, before[name]) and p.dtype == torch.bfloat16 for name, p in llama.model.named_parameters())
     llama.model.float()
-    assert_close(rough, exact_dots(llama, rollouts, "cropi_is", direction))
+    assert_close(rough, exact_dots(llama, rollouts, "grpo_sequence", direction))
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_weights_are_put_back(policy, make_rollouts, monkeypatch, broken):
     """After scoring, and after an error in the middle of it, every weight has its own storage, bits and flag."""
     rollouts = make_rollouts(policy)
-    direction = target_direction(policy, rollouts, "cropi_is", size=3)
+    direction = target_direction(policy, rollouts, "grpo_sequence", size=3)
     before = {name: (p.data_ptr(), p.detach().clone(), p.requires_grad) for name, p in policy.model.named_parameters()}
     if broken:
         monkeypatch.setattr("pipeline.directional.packed_logps", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            dot_scores(policy, rollouts, "cropi_is", direction)
+            dot_scores(policy, rollouts, "grpo_sequence", direction)
     else:
-        dot_scores(policy, rollouts, "cropi_is", direction)
+        dot_scores(policy, rollouts, "grpo_sequence", direction)
     for name, p in policy.model.named_parameters():
         pointer, value, trainable = before[name]
         assert (p.data_ptr(), p.requires_grad, p.grad) == (pointer, trainable, None)
@@ -174,17 +179,17 @@ def test_the_weights_are_put_back(policy, make_rollouts, monkeypatch, broken):
 def test_a_diverged_policy_is_refused_by_prompt(llama, make_rollouts):
     """NaN weights stop the scoring with the name of a prompt."""
     rollouts = make_rollouts(llama)
-    direction = target_direction(llama, rollouts, "cropi_is", size=3)
+    direction = target_direction(llama, rollouts, "grpo_sequence", size=3)
     with torch.no_grad():
         llama.model.lm_head.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="prompt-0"):
-        dot_scores(llama, rollouts, "cropi_is", direction)
+        dot_scores(llama, rollouts, "grpo_sequence", direction)
 
 
 def test_targets_that_do_not_fit_are_refused(llama, make_rollouts):
     """A missing parameter, another shape, a value that is not finite and a zero target are named."""
     rollouts = make_rollouts(llama)
-    fit = target_direction(llama, rollouts, "cropi_is", size=3)
+    fit = target_direction(llama, rollouts, "grpo_sequence", size=3)
     name = "model.norm.weight"
     for change, message in (
         ({k: p for k, p in fit.items() if k != name}, r"direction\['model.norm.weight'\] has shape None"),
@@ -194,7 +199,7 @@ def test_targets_that_do_not_fit_are_refused(llama, make_rollouts):
         ({k: torch.zeros_like(p) for k, p in fit.items()}, "length 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            dot_scores(llama, rollouts, "cropi_is", change)
+            dot_scores(llama, rollouts, "grpo_sequence", change)
     with pytest.raises(ValueError, match="objective = 'ppo'"):
         dot_scores(llama, rollouts, "ppo", fit)
 
@@ -203,13 +208,13 @@ def test_targets_that_do_not_fit_are_refused(llama, make_rollouts):
 def test_a_set_smaller_than_its_prompts_is_refused(llama, make_rollouts, size):
     """The size of a validation set cannot be less than the prompts that are there."""
     with pytest.raises(ValueError, match=f"size = {size}: rollouts hold 3"):
-        target_direction(llama, make_rollouts(llama), "cropi_is", size=size)
+        target_direction(llama, make_rollouts(llama), "grpo_sequence", size=size)
 
 
 def test_no_rollouts_have_no_scores(llama, make_rollouts):
     """Without rollouts there is nothing to score, and the target is zero."""
     rollouts = make_rollouts(llama)
-    direction = target_direction(llama, rollouts, "cropi_is", size=3)
-    uids, scores = dot_scores(llama, rollouts.take([]), "cropi_is", direction)
+    direction = target_direction(llama, rollouts, "grpo_sequence", size=3)
+    uids, scores = dot_scores(llama, rollouts.take([]), "grpo_sequence", direction)
     assert uids == [] and scores.shape == (0,)
-    assert not any(part.any() for part in target_direction(llama, rollouts.take([]), "cropi_is", size=3).values())
+    assert not any(part.any() for part in target_direction(llama, rollouts.take([]), "grpo_sequence", size=3).values())

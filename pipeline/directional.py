@@ -12,8 +12,8 @@ A step that is a share of |theta| will not do: 3e-5 |theta| moves the embedded p
 by 3e-5 (rounding) and a model of 135 M parameters by 0.4 (curvature). Hence a trial on a few rows.
 It projects nothing, keeps no graph and needs no hooks: two forward passes a target, against one forward and one
 backward pass for all targets. It gives no norms, so no cosine. The weights are replaced while a pass runs and put back
-untouched. A policy that is not in float32 is evaluated in a float32 copy: in bfloat16 the difference drowns in rounding,
-and forward-mode differentiation in bfloat16 is off by some percent.
+untouched. A policy that is not in float32 is evaluated in a float32 copy: in bfloat16 the difference drowns in
+rounding, and forward-mode differentiation in bfloat16 is off by some percent.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def target_direction(
     parameters = exact.trainable()
     before = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
-        p.grad = torch.zeros_like(p)
+        p.grad = None
     try:
         plain(exact, rollouts, objective, micro_tokens=micro_tokens)
-        return {name: torch.zeros_like(p).add_(p.grad, alpha=1 / size) for name, p in parameters.items()}
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad / size for n, p in parameters.items()}
     finally:
         for name, p in parameters.items():
             p.grad = before[name]

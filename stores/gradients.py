@@ -204,8 +204,8 @@ def _read_index(path: Path, size: int) -> faiss.IndexIDMap2:
 def _decoded(index: faiss.IndexIDMap2) -> Iterator[tuple[int, Floats]]:
     """Blocks of unit rows divided by `_SHIFT`, in stored order, each with the position of its first row.
 
-    FAISS decodes number by number and NumPy converts half precision in software. Moving the bits is exact, for subnormal
-    numbers too, and five times faster. A block is overwritten by the next.
+    FAISS decodes number by number and NumPy converts half precision in software. Moving the bits is exact, also for
+    subnormal numbers, and five times faster. A block is overwritten by the next.
     """
     if not index.ntotal:
         return
@@ -221,4 +221,5 @@ def _decoded(index: faiss.IndexIDMap2) -> Iterator[tuple[int, Floats]]:
 
 
 def _codes(index: faiss.IndexIDMap2) -> Any:
-    return faiss.downcast_index(index.index).codes
+    quantizer: Any = faiss.downcast_index(index.index)
+    return quantizer.codes

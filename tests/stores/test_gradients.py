@@ -158,3 +158,27 @@ def test_rows_of_another_index_are_refused(store: Store) -> None:
     store.record("mixed", "gradients", store.meta("one"), files)
     with pytest.raises(Damaged, match="disagree"):
         store.gradients.read("mixed")
+
+
+def test_rows_are_what_faiss_decodes(store: Store) -> None:
+    """Rows come back bit for bit as FAISS has them, numbers below half precision's normal range and zeros included."""
+    rng = np.random.default_rng(0)
+    features = (rng.choice([-1, 1], (70, 33)) * 10.0 ** rng.uniform(-9, 0, (70, 33))).astype(np.float32)
+    features[:, 5] = 0
+    store.gradients.write("key", [str(row) for row in range(70)], features, NAMES)
+    index = faiss.read_index(str(store.file("key", "gradients", "index.faiss")))
+    _, rows, _ = store.gradients.read("key")
+    np.testing.assert_array_equal(rows, index.index.reconstruct_n(0, 70))
+    assert (np.abs(rows[rows != 0]) < 2.0**-14).any()
+
+
+def test_rows_in_another_precision_are_refused(store: Store) -> None:
+    """A file with the right digest and shape that holds single precision is Damaged."""
+    store.gradients.write("key", ["a", "b"], np.eye(2, 4, dtype=np.float32), NAMES)
+    other = faiss.IndexIDMap2(faiss.IndexFlatIP(4))
+    other.add_with_ids(np.eye(2, 4, dtype=np.float32), row_ids(["a", "b"]))
+    rows = store.file("key", "gradients", "rows.parquet")
+    files = {"index.faiss": faiss.serialize_index(other).tobytes(), "rows.parquet": rows}
+    store.record("single", "gradients", store.meta("key"), files)
+    with pytest.raises(Damaged, match="half precision"):
+        store.gradients.read("single")

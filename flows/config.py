@@ -143,13 +143,14 @@ class Insight(Section):
 class Diem(Section):
     """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO.
 
-    ``reference`` is what the step is aligned with: the validation gradient at the stage's start, or the run's own
-    batches. ``way`` is how alignment is measured; ``auto`` takes the most exact one that the size of the batch allows.
+    ``reference`` is what the step is aligned with: the validation gradient at the stage's start, the gradient of the
+    expected validation reward at each checkpoint (where answers are unique), or the run's own batches. ``way`` is how
+    alignment is measured; ``auto`` takes the most exact one that the size of the batch allows.
     """
 
     strength: float = Field(0.25, ge=0, le=1)
     ridge: float = Field(0.1, ge=0)
-    reference: Literal["validation", "minibatch", "rollout_batch", "ema"] = "validation"
+    reference: Literal["validation", "expected_reward", "minibatch", "rollout_batch", "ema"] = "validation"
     way: Literal["auto", "exact", "bookkeeping", "scope"] = "auto"
 
 
@@ -220,6 +221,11 @@ class Config(Section):
             raise ValueError(
                 f"features.metric = 'adam' with evidence.source = {self.evidence.source!r}: the first selection would "
                 "need an optimizer that has taken no step yet; use evidence.source = 'first_stage'"
+            )
+        if self.diem.reference == "expected_reward" and not self.evaluate.exact:
+            raise ValueError(
+                "diem.reference = 'expected_reward' differentiates P(correct), which needs unique answers: set "
+                "evaluate.exact = true if yours are, or use diem.reference = 'validation'"
             )
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")

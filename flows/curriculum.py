@@ -133,6 +133,8 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
                 number, do("shuffle", data, [], number, budget=budget, seed=desk.seed("shuffle", number)), length
             )
         story.tell_selection(desk, data, stage)
+        if config.diem.strength > 0 and config.diem.reference != "validation":
+            stage.way = gradients.way(desk, policy)
         policy = _train(
             do, arm, stage, data, policy, sum(config.train.stages), config.train.sampler if stage.scores else "shuffle"
         )
@@ -143,7 +145,7 @@ def _curriculum(do: Do, data: str, start: str) -> Arm:
 def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) -> Stage:
     desk, config = do.desk, do.desk.config
     stage, seed, fresh = Stage(number, "", length), desk.seed("validation", number), {}
-    for split in (name for name in _splits(do, data) if name != "test"):
+    for split in desk.validation(data):
         fresh[split] = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
         stage.rollouts_select += story.count_rollouts(desk, fresh[split])
     uids_of = {split: desk.prompts(data, split).prompt_uid for split in fresh}
@@ -157,9 +159,8 @@ def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) 
     else:
         targets = _targets(do, policy, uids_of, fresh, "features")
         stage.scores = do("score", do("featurize", policy, wanted, arm.evidence, "pool"), targets)
-    if config.diem.strength > 0:
+    if config.diem.strength > 0 and config.diem.reference == "validation":
         stage.way = gradients.way(desk, policy)
-    if stage.way and config.diem.reference == "validation":
         shared = targets and gradients.is_that_of_features(desk, policy, stage.way)
         stage.targets = targets if shared else _targets(do, policy, uids_of, fresh, stage.way)
     stage.selection = do("select", data, arm.evidence, excluded, stage.scores, number)

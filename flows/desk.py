@@ -71,6 +71,10 @@ class Desk:
             self._prompts[data, split] = Prompts.of(columns).take(rows)
         return self._prompts[data, split]
 
+    def validation(self, data: str) -> list[str]:
+        """Return the names of the validation sets."""
+        return [split for split in dict.fromkeys(self.table(data)["split"]) if split not in ("pool", "test")]
+
     def table(self, data: str) -> dict[str, list[Any]]:
         """Return the columns of every prompt that was read, ``split`` and ``reason`` among them."""
         if data not in self._tables:

@@ -73,7 +73,7 @@ def run_segment(
     if optimizer is None or config.diem.reference == "ema":
         state = optimizer_tensors(desk, start)
     optimizer = optimizer or make_optimizer(policy, optimization, state)
-    reference = _reference(desk, policy, way, direction, state)
+    reference = _reference(desk, policy, data, way, direction, state)
     desk.hold(key, policy, optimizer)  # under its new key: what it becomes as the steps are taken
 
     def roll(batch: Prompts, step: int) -> Rollouts:
@@ -102,10 +102,12 @@ def run_segment(
 
 
 def _reference(
-    desk: Desk, policy: Any, way: str, direction: np.ndarray | None, state: dict[str, Any] | None
+    desk: Desk, policy: Any, data: str, way: str, direction: np.ndarray | None, state: dict[str, Any] | None
 ) -> Reference | None:
     """Return what the steps are aligned with; None for plain GRPO."""
     from flows.gradients import space
+    from pipeline.evaluation import expected_reward_gradient
+    from pipeline.features import project
     from pipeline.reference import Reference
 
     settings = desk.config.diem
@@ -114,6 +116,10 @@ def _reference(
     if settings.reference == "ema" and state and AVERAGE in state:
         direction = state[AVERAGE].numpy()
     where = space(desk, policy, way)
+    if settings.reference == "expected_reward":
+        sets = [desk.prompts(data, split) for split in desk.validation(data)]
+        grads = [expected_reward_gradient(policy, of, chat=desk.config.policy.chat) for of in sets]
+        direction = np.mean([project(where.projection, g) for g in grads], axis=0)
     return Reference(
         settings.reference, way, where.projection, direction, settings.ridge, settings.strength, block=where.block
     )

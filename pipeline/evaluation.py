@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from pipeline.generation import Generate, Sampling
 from pipeline.policy import Policy, collate, token_logps
@@ -34,14 +35,7 @@ def exact_reward(
     Raises:
         ValueError: a prompt is not verified by exact match, so that its answer is not unique.
     """
-    other = [v for v in prompts.verifier if v != EXACT]
-    if other:
-        raise ValueError(
-            f"exact expected reward needs verifier {EXACT}; {len(other)} prompt(s) have another: {other[0]}"
-        )
-    end = policy.tokenizer.eos_token_id
-    asked = [render(messages, policy.tokenizer, chat) for messages in prompts.messages]
-    answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
+    asked, answers = _answered(policy, prompts, chat)
     parts = []
     for i in range(0, len(prompts), rows):
         batch = collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
@@ -51,6 +45,25 @@ def exact_reward(
         bad = prompts.prompt_uid[int(np.flatnonzero(~np.isfinite(reward))[0])]
         raise FloatingPointError(f"prompt {bad}: the policy's log-probabilities are not finite; its weights hold NaN")
     return reward
+
+
+def expected_reward_gradient(
+    policy: Policy, prompts: Prompts, *, chat: bool = False, rows: int = 512
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean P(correct), by parameter in float32: no sampling, one backward pass.
+
+    Raises:
+        ValueError: a prompt is not verified by exact match, so that its answer is not unique.
+    """
+    asked, answers = _answered(policy, prompts, chat)
+    parameters = policy.trainable()
+    total = {name: torch.zeros(p.shape, device=p.device) for name, p in parameters.items()}
+    for i in range(0, len(prompts), rows):
+        batch = collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
+        value = token_logps(policy.model, batch).sum(dim=1).exp().sum() / len(prompts)
+        for name, grad in zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True):
+            total[name] += grad
+    return total
 
 
 def greedy_accuracy(
@@ -69,6 +82,19 @@ def greedy_accuracy(
         prompts, generate, score, policy.tokenizer, rollouts=1, sampling=sampling, seed=0, policy="", chat=chat
     )
     return float(np.mean([group.verdict[0] == "correct" for group in groups]))
+
+
+def _answered(policy: Policy, prompts: Prompts, chat: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of each prompt, and of its answer with the end token."""
+    other = [v for v in prompts.verifier if v != EXACT]
+    if other:
+        raise ValueError(
+            f"exact expected reward needs verifier {EXACT}; {len(other)} prompt(s) have another: {other[0]}"
+        )
+    end = policy.tokenizer.eos_token_id
+    asked = [render(messages, policy.tokenizer, chat) for messages in prompts.messages]
+    answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
+    return asked, answers
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> dict[str, float | int | None]:

@@ -84,6 +84,10 @@ class FactoredProjection:
         one_hot = torch.nn.functional.one_hot(bucket, self.side).float() * signs[ids].unsqueeze(-1)
         return one_hot.transpose(1, 2) @ self.fold(name, "in", b)
 
+    def whole(self, name: str, grads: Float[Tensor, "rows out in"]) -> Float[Tensor, "rows p p"]:
+        """Return the sketch of each row's gradient of a matrix, where that is at hand after all."""
+        return self.fold(name, "out", self.fold(name, "in", grads).transpose(1, 2)).transpose(1, 2)
+
     def vector(self, name: str, grads: Float[Tensor, "rows size"]) -> Float[Tensor, "rows p p"]:
         """Return the sketch of each row's gradient of a parameter that is no matrix: its first factor is a constant."""
         ones = torch.ones(len(grads), 1, 1, device=grads.device)

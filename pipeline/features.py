@@ -72,6 +72,18 @@ def sketch_gradients(
     return uids, rows
 
 
+def project(projection: Projection, gradient: Mapping[str, Tensor]) -> Float[np.ndarray, " dim"]:
+    """Return the sketch of one gradient that is at hand whole, by parameter; those outside the layout are left out."""
+    table = projection.zeros(1, next(iter(gradient.values())).device)
+    for name in projection.layout:
+        grad = gradient[name][None]
+        if isinstance(projection, SparseProjection):
+            projection.add(table, name, grad.flatten(1))
+        else:
+            table += projection.whole(name, grad) if grad.dim() == 3 else projection.vector(name, grad.flatten(1))
+    return projection.finish(table)[0].cpu().numpy()
+
+
 def projection_for(
     policy: Policy,
     dim_out: int,

@@ -1,9 +1,10 @@
 r"""What a step is aligned with: the reference gradient of DIEM, in the space of a projection.
 
-minibatch       sum of the minibatch's own features: weights of one, up to the ridge (arXiv:2608.29252, literal)
-rollout_batch   sum over the whole rollout batch, of which the minibatch is a part
-ema             m <- d m + (1 - d) sum of the minibatch, of the batches before this one
-validation      mean gradient of the validation sets, made elsewhere
+minibatch         sum of the minibatch's own features: weights of one, up to the ridge (arXiv:2608.29252, literal)
+rollout_batch     sum over the whole rollout batch, of which the minibatch is a part
+ema               m <- d m + (1 - d) sum of the minibatch, of the batches before this one
+validation        mean gradient of the validation sets, made elsewhere from rollouts
+expected_reward   gradient of their expected reward, made elsewhere where answers are unique
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pipeline.features import Projection
 from pipeline.reweight import Diagnostics, diagnose, diem_weights, temper
 from pipeline.scope import Scope
 
-SOURCES = ("minibatch", "rollout_batch", "ema", "validation")
+SOURCES = ("minibatch", "rollout_batch", "ema", "validation", "expected_reward")
 
 
 @dataclass
@@ -49,8 +50,8 @@ class Reference:
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source = {self.source!r}: choose one of {', '.join(SOURCES)}")
-        if self.source == "validation" and self.direction is None:
-            raise ValueError("source = 'validation' needs direction: the mean validation gradient, projected")
+        if self.source in ("validation", "expected_reward") and self.direction is None:
+            raise ValueError(f"source = {self.source!r} needs direction: the validation sets' gradient, projected")
         if (self.way == "scope") != (self.block is not None):
             raise ValueError(f"way = {self.way!r}: the last block is needed for the way 'scope', and only then")
 

@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "average": {**with_train(minibatch=2), "diem": {"way": "bookkeeping", "reference": "ema"}},
     "batch": {**with_train(minibatch=2), "diem": {"way": "scope", "reference": "rollout_batch"}},
     "adam": {**SHORT, "features": {"dim": 256, "metric": "adam", "layers": ("*.mlp.*",)}},
+    "expected": {**SHORT, "diem": {"reference": "expected_reward"}},
     "factored": {**SHORT, "features": {"dim": 256, "projection": "factored"}},
 }
 
@@ -62,7 +63,7 @@ def test_the_moving_average_goes_on_where_it_was(settle: Settle, tmp_path: Path)
         state = load_file(store.checkpoints.folder(key) / "optimizer.safetensors")
         if "diem/average" in state:
             averages[store.meta(key)["metrics"][-1]["step"]] = state["diem/average"]
-    assert sorted(averages) == [3, 4]
+    assert sorted(averages) == [1, 2, 3, 4]
     assert not np.allclose(averages[3], averages[4])
     again = copytree(folder, tmp_path / "again")
     assert told == [json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines()]

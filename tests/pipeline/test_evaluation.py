@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.evaluation import exact_reward, greedy_accuracy, interval
+from pipeline.evaluation import exact_reward, expected_reward_gradient, greedy_accuracy, interval
 from pipeline.generation import Sampling
 from pipeline.generation.transformers import TransformersGenerate
 from pipeline.records import Prompts, canonical
@@ -101,3 +101,20 @@ def test_an_interval_covers_at_its_level():
     told = [interval(rng.normal(2.0, 3.0, 5).tolist()) for _ in range(2000)]
     covered = np.mean([abs(t["mean"] - 2.0) <= t["half_width"] for t in told])
     assert abs(covered - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_the_gradient_of_the_expected_reward_is_its_slope(llama, make_prompts):
+    """A small step along it changes the mean of P(correct) by the step times its squared length; batches add up."""
+    prompts = make_prompts([(f"{i}+{i}=", str(2 * i)) for i in range(5)])
+    grads = expected_reward_gradient(llama, prompts)
+    parts = expected_reward_gradient(llama, prompts, rows=2)
+    square = sum(float(g.double().square().sum()) for g in grads.values())
+    assert all(torch.allclose(grads[n], parts[n], atol=1e-5 * square**0.5) for n in grads)
+    levels = []
+    e = 1e-2 * sum(float(p.detach().double().square().sum()) for p in llama.trainable().values()) ** 0.5 / square**0.5
+    for side in (1, -2):
+        with torch.no_grad():
+            for name, p in llama.trainable().items():
+                p.add_(grads[name], alpha=side * e)
+        levels.append(float(exact_reward(llama, prompts).mean()))
+    assert (levels[0] - levels[1]) / (2 * e * square) == pytest.approx(1, abs=0.1)

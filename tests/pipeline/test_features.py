@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.features import adam_metric, projection_for, sketch_gradients
+from pipeline.features import adam_metric, project, projection_for, sketch_gradients
 from pipeline.optimization import Optimization, make_optimizer, optimizer_state
 from pipeline.scope import named, parameters_of
 from tests.oracles import gradients_by_loop
@@ -133,3 +133,16 @@ def test_a_gradient_that_is_not_finite_names_prompt_and_parameter(llama, make_ro
     rollouts = make_rollouts(llama)
     with pytest.raises(FloatingPointError, match=r"prompt-0: .*layers\.0\.mlp\.down_proj\.weight.*float32"):
         sketch_gradients(llama, rollouts, "rft", projection_for(llama, 16, kind=kind))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "factored"])
+@pytest.mark.parametrize("fixture", ["llama", "qwen3", "qwen2", "adapted"])
+def test_a_whole_gradient_is_projected_as_it_would_be_in_a_pass(request, fixture, make_rollouts, kind):
+    """Projecting each prompt's gradient from the loop gives the sketch of the pass, for every layer and tied matrix."""
+    policy = request.getfixturevalue(fixture)
+    rollouts = make_rollouts(policy)
+    projection = projection_for(policy, 100, kind=kind)
+    uids, rows = sketch_gradients(policy, rollouts, "rft", projection)
+    loop = gradients_by_loop(policy, rollouts, "rft")
+    for uid, row in zip(uids, rows, strict=True):
+        assert project(projection, loop[uid]) == pytest.approx(row, abs=1e-4 * np.abs(row).max())

@@ -10,7 +10,7 @@ paired. Two pools: ``noisy`` has 160 wrong labels among 800 prompts, ``clean`` i
 
 References, on 96 validation prompts: ``exact`` is the gradient of their expected reward, grad mean P(correct), which
 unique answers make a number without sampling; ``fresh`` is their policy gradient on 8 new rollouts each; ``stored`` keeps
-the first of these rollouts and weights them by clipped sequence ratios (``cropi_is``).
+the first of these rollouts and weights them by clipped sequence ratios (``grpo_sequence``).
 
 Results are kept as JSON lines in ``runs/diem``, one an arm, pool and seed, so that a script that was stopped goes on.
 """
@@ -35,6 +35,7 @@ from pipeline.evaluation import EXACT, exact_reward, interval
 from pipeline.features import projection_for, sketch_gradients
 from pipeline.generation import Sampling
 from pipeline.generation.transformers import TransformersGenerate
+from pipeline.optimization import Optimization, make_optimizer
 from pipeline.policy import Policy, collate, load_policy, save_policy, token_logps
 from pipeline.projection import SparseProjection
 from pipeline.prompts import render
@@ -42,7 +43,7 @@ from pipeline.records import Prompts, Rollouts, canonical, keyed_seed, prompt_ui
 from pipeline.reference import Reference
 from pipeline.reweight import diagnose, diem_weights, permuted, temper_to_floor
 from pipeline.rollouts import collect
-from pipeline.training import Batches, Optimization, make_optimizer, train
+from pipeline.training import Batches, train
 from pipeline.verifiers import verify
 
 FOLDER = Path("runs/diem")
@@ -135,7 +136,7 @@ class Validation:
         if self.stored is None or self.arm.reference == "fresh":
             self.stored = roll(self.policy, self.prompts, keyed_seed(self.seed, "validation", step), step)
             self.rollouts += len(self.stored)
-        _, rows = sketch_gradients(self.policy, self.stored, "cropi_is", self.projection, micro_tokens=2048)
+        _, rows = sketch_gradients(self.policy, self.stored, "grpo_sequence", self.projection, micro_tokens=2048)
         self.reference.direction = rows.sum(axis=0) / len(self.prompts)
 
 

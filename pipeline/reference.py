@@ -61,9 +61,12 @@ class Reference:
         return {"projection": self.projection} | ({"block": self.block} if self.block else {})
 
     def weigh(
-        self, features: Float[np.ndarray, "prompts dim"], step: int
+        self, features: Float[np.ndarray, "prompts dim"], step: int, *, longest: float = np.inf
     ) -> tuple[Float[np.ndarray, " prompts"], Diagnostics]:
-        """Return the weights of a minibatch at an optimizer step, and what they did."""
+        """Return the weights of a minibatch at an optimizer step, and what they did.
+
+        ``longest`` is the length of the summed gradient beyond which the step clips it.
+        """
         rows = features.astype(float)
         gram, total = rows @ rows.T, rows.sum(axis=0)
         direction = total if self.source == "minibatch" else self.direction
@@ -74,4 +77,4 @@ class Reference:
         if self.source == "ema":
             self.direction = total if self.direction is None else self.decay * self.direction + (1 - self.decay) * total
         used = temper(raw, self.strength)
-        return used, diagnose(gram, raw, used, ridge=self.ridge)
+        return used, diagnose(gram, raw, used, ridge=self.ridge, longest=longest)

@@ -183,7 +183,7 @@ def _update(
 
     def weigh(features: np.ndarray) -> np.ndarray:
         assert reference is not None
-        weights, diagnostics = reference.weigh(features, step)
+        weights, diagnostics = reference.weigh(features, step, longest=optimization.clip_norm * size)
         used.append(weights)
         facts.update({f"diem_{name}": value for name, value in asdict(diagnostics).items()})
         return weights

@@ -31,14 +31,13 @@ import torch
 
 from pipeline.embedded import pool as embedded
 from pipeline.embedded.warm_start import warm_start
-from pipeline.evaluation import EXACT, exact_reward, interval
-from pipeline.features import projection_for, sketch_gradients
+from pipeline.evaluation import EXACT, exact_reward, expected_reward_gradient, interval
+from pipeline.features import project, projection_for, sketch_gradients
 from pipeline.generation import Sampling
 from pipeline.generation.transformers import TransformersGenerate
 from pipeline.optimization import Optimization, make_optimizer
-from pipeline.policy import Policy, collate, load_policy, save_policy, token_logps
+from pipeline.policy import Policy, load_policy, save_policy
 from pipeline.projection import SparseProjection
-from pipeline.prompts import render
 from pipeline.records import Prompts, Rollouts, canonical, keyed_seed, prompt_uid
 from pipeline.reference import Reference
 from pipeline.reweight import diagnose, diem_weights, permuted, temper_to_floor
@@ -47,7 +46,7 @@ from pipeline.training import Batches, train
 from pipeline.verifiers import verify
 
 FOLDER = Path("runs/diem")
-REPORTED = tuple(range(300, 308))
+REPORTED = tuple(range(310, 326))
 POOL = {"easy": 110, "easysub": 75, "add": 80, "sub": 80, "chain": 35, "rev": 120, "sort": 65, "mul": 75}
 WRONG = {"nmod": 120, "noisy": 40}
 STEPS, BATCH, ROLLOUTS, EVERY = 80, 16, 8, 4
@@ -103,7 +102,7 @@ class Aligned(Reference):
         """Weigh as an arm of a seed says."""
         self.arm, self.seed = arm, seed
 
-    def weigh(self, features: np.ndarray, step: int) -> tuple[np.ndarray, Any]:
+    def weigh(self, features: np.ndarray, step: int, *, longest: float = np.inf) -> tuple[np.ndarray, Any]:
         """Return the weights of a minibatch, and what they did."""
         arm, rows = self.arm, features.astype(float)
         gram, active = rows @ rows.T, np.abs(rows).sum(axis=1) > 0
@@ -111,7 +110,7 @@ class Aligned(Reference):
         raw = permuted(raw, active, self.seed, step) if arm.permuted else raw
         strength = arm.strength * (min(1.0, step / arm.ramp) if arm.ramp else 1.0)
         used, _ = temper_to_floor(raw, active, strength, arm.floor)
-        return used, diagnose(gram, raw, used, ridge=arm.ridge, longest=BATCH)
+        return used, diagnose(gram, raw, used, ridge=arm.ridge, longest=longest)
 
 
 class Validation:
@@ -128,10 +127,7 @@ class Validation:
     def refresh(self, step: int) -> None:
         """Take the reference at the policy as it is now."""
         if self.arm.reference == "exact":
-            table = self.projection.zeros(1)
-            for name, g in expected_reward_gradient(self.policy, self.prompts).items():
-                self.projection.add(table, name, g.flatten()[None])
-            self.reference.direction = self.projection.finish(table)[0].numpy()
+            self.reference.direction = project(self.projection, expected_reward_gradient(self.policy, self.prompts))
             return
         if self.stored is None or self.arm.reference == "fresh":
             self.stored = roll(self.policy, self.prompts, keyed_seed(self.seed, "validation", step), step)
@@ -185,16 +181,6 @@ def run(name: str, which: str, seed: int) -> dict[str, Any]:
     facts = {"arm": name, "pool": which, "seed": seed, "settings": asdict(arm)}
     told = {"last": float(np.mean(curve[-3:])), "mean": float(np.mean(curve)), "curve": curve}
     return facts | told | {"seconds": seconds, "rollouts": sampled, "rollouts_reference": validation.rollouts} | means
-
-
-def expected_reward_gradient(policy: Policy, prompts: Prompts) -> dict[str, torch.Tensor]:
-    """Return the gradient of mean P(correct) by parameter; no sampling, one forward and one backward pass."""
-    end = policy.tokenizer.eos_token_id
-    asked = [render(messages, policy.tokenizer, False) for messages in prompts.messages]
-    answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
-    parameters = policy.trainable()
-    value = token_logps(policy.model, collate(asked, answers, policy.pad_id)).sum(dim=1).exp().mean()
-    return dict(zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True))
 
 
 def start_policy() -> Policy:

@@ -1,28 +1,9 @@
-"""The experiment's own arithmetic: its reference gradient, and what it says of its runs."""
+"""The experiment's own arithmetic: what it says of its runs."""
 
 import numpy as np
 import pytest
-import torch
 
-from pipeline.evaluation import exact_reward
-from pipeline.records import canonical
-from tests.experiments.diem import compare, expected_reward_gradient, show
-
-
-def test_the_reference_is_the_slope_of_the_expected_reward(llama, make_prompts):
-    """A small step along the gradient changes mean P(correct) by step times squared length, to 1 %."""
-    prompts = make_prompts([("12+34=", "64"), ("R=", "1"), ("Sab=", "ab")])
-    assert set(prompts.verifier) == {canonical({"id": "exact"})}
-    gradient = expected_reward_gradient(llama, prompts)
-    assert set(gradient) == set(llama.trainable())
-    squared = sum(float((g.double() ** 2).sum()) for g in gradient.values())
-    size, levels = 1e-3 / squared**0.5, []
-    for sign in (-1, 2):  # to one side, then to the other
-        with torch.no_grad():
-            for name, parameter in llama.trainable().items():
-                parameter += sign * size * gradient[name]
-        levels.append(exact_reward(llama, prompts).astype(float).mean())
-    assert (levels[1] - levels[0]) / (2 * size) == pytest.approx(squared, rel=0.01)
+from tests.experiments.diem import compare, show
 
 
 def made(arm, seed, last, steps, *, pool="noisy", reference=0.0):

@@ -145,4 +145,4 @@ def test_a_whole_gradient_is_projected_as_it_would_be_in_a_pass(request, fixture
     uids, rows = sketch_gradients(policy, rollouts, "rft", projection)
     loop = gradients_by_loop(policy, rollouts, "rft")
     for uid, row in zip(uids, rows, strict=True):
-        assert project(projection, loop[uid]) == pytest.approx(row, abs=1e-4 * np.abs(row).max())
+        assert project(projection, loop[uid]) == pytest.approx(row, abs=1e-4 * float(np.abs(row).max()))

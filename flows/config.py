@@ -90,6 +90,7 @@ class Evidence(Section):
     rollouts: int = Field(8, ge=2)  # a prompt, when collecting
     validation_rollouts: int = Field(32, ge=2)  # a validation prompt, fresh at each stage
     recent: int = Field(32, ge=2)  # stored rollouts of a prompt that its gradient rests on
+    refresh: float = Field(0.0, ge=0)  # fewer effective rollouts than this are collected anew at a stage; 0: never
     shard: int = Field(64, ge=1)  # prompts a commit
 
 
@@ -220,6 +221,11 @@ class Config(Section):
             raise ValueError(
                 f"features.metric = 'adam' with evidence.source = {self.evidence.source!r}: the first selection would "
                 "need an optimizer that has taken no step yet; use evidence.source = 'first_stage'"
+            )
+        if self.evidence.refresh > self.evidence.recent:
+            raise ValueError(
+                f"evidence.refresh = {self.evidence.refresh:g} with evidence.recent = {self.evidence.recent}: no "
+                "prompt can have that many effective rollouts; set refresh to at most recent, 0 for never"
             )
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")

@@ -139,7 +139,7 @@ def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[
         cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
         columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
         columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
-        desk.store.tables.write(key, "scores", columns, {"targets": aimed})
+        desk.store.tables.write(key, "scores", columns, {"targets": aimed, "pool": list(pool)})
     return key
 
 

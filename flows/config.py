@@ -110,7 +110,9 @@ class Features(Section):
     ``score`` ``directional`` is the dot product, from forward passes alone.
     """
 
-    objective: Literal["grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = "grpo_sequence"
+    objective: Literal["grpo_optimal_baseline", "grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = (
+        "grpo_optimal_baseline"
+    )
     dim: int = Field(8192, ge=1)
     keep: float = Field(1.0, gt=0, le=1)
     seed: int = 0

@@ -62,12 +62,12 @@ def refresh(
         recent=settings.recent,
     )
     if not desk.store.done(key):
-        found, values = measure(
+        found = measure(
             desk.load(policy),
             evidence.read_rollouts_of(desk, rollouts, uids),
             micro_tokens=desk.config.policy.micro_tokens,
         )
-        evidence.write_staleness(desk, key, found, values)
+        evidence.write_staleness(desk, key, [found])
     table, pool = desk.store.tables.read(key), desk.prompts(data, "pool")
     chosen = stale(dict(zip(table["prompt_uid"], table["effective"], strict=True)), settings.refresh)
     desk.reporter.line(f"  stale: {len(chosen)} of {len(uids)} prompts are collected anew")

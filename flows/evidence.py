@@ -123,11 +123,12 @@ def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> Cascade:
     return Cascade(reason, dict(tokens), [uid for uid in uids if uid not in reason], left_tokens)
 
 
-def write_staleness(desk: Desk, key: str, uids: Sequence[str], staleness: Staleness) -> None:
-    """Store what is left of the evidence of each prompt at one policy."""
+def write_staleness(desk: Desk, key: str, found: Sequence[tuple[Sequence[str], Staleness]]) -> None:
+    """Store what is left of the evidence of each prompt at one policy, found in one or several passes."""
     names = ("rollouts", "effective", "ess", "log_ratio_max", "log_ratio_p99", "lost")
-    columns: dict[str, Any] = {name: getattr(staleness, name).tolist() for name in names}
-    desk.store.tables.write(key, "staleness", {"prompt_uid": list(uids)} | columns, {})
+    columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
+    columns |= {name: [v for _, part in found for v in getattr(part, name).tolist()] for name in names}
+    desk.store.tables.write(key, "staleness", columns, {})
 
 
 def staleness_key(desk: Desk, generation: str) -> str:

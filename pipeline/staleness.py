@@ -86,6 +86,21 @@ def staleness(
     )
 
 
+def of_rollouts(rollouts: Rollouts, logp_new: Float[np.ndarray, "rollouts tokens"]) -> tuple[list[str], Staleness]:
+    """Describe stored rollouts, given the log-probability of each completion token under the policy as it is now.
+
+    A gradient pass makes these anyway, see ``watch`` of ``pipeline.features.sketch_gradients``. Returns the
+    prompt_uids, in order of first appearance, and one value for each.
+    """
+    uids = list(rollouts.groups())
+    old, mask = np.zeros(logp_new.shape), np.zeros(logp_new.shape, bool)
+    for i, logp in enumerate(rollouts.logp_old):
+        old[i, : len(logp)], mask[i, : len(logp)] = logp, True
+    number = {uid: i for i, uid in enumerate(uids)}
+    owner = np.array([number[uid] for uid in rollouts.prompt_uid], int)
+    return uids, staleness(logp_new.astype(float), old, mask, owner)
+
+
 @torch.no_grad()
 def measure(policy: Policy, rollouts: Rollouts, *, micro_tokens: int = 65_536) -> tuple[list[str], Staleness]:
     """Describe stored rollouts by a forward pass: for a decision that comes before any gradient.
@@ -98,17 +113,12 @@ def measure(policy: Policy, rollouts: Rollouts, *, micro_tokens: int = 65_536) -
     Returns:
         The prompt_uids, in order of first appearance, and one value for each.
     """
-    uids = list(rollouts.groups())
-    width = max((len(x) for x in rollouts.logp_old), default=0)
-    new, old, mask = (np.zeros((len(rollouts), width)) for _ in range(3))
-    for i, logp in enumerate(rollouts.logp_old):
-        old[i, : len(logp)], mask[i, : len(logp)] = logp, 1
+    new = np.zeros((len(rollouts), max((len(x) for x in rollouts.logp_old), default=0)))
     for parts in passes(pack(rollouts), micro_tokens):
         for rows in parts:
             found = packed_logps(policy, rollouts, rows).cpu().numpy()
             new[[i for row in rows for i in row.rollouts], : found.shape[1]] = found
-    number = {uid: i for i, uid in enumerate(uids)}
-    return uids, staleness(new, old, mask > 0, np.array([number[uid] for uid in rollouts.prompt_uid], int))
+    return of_rollouts(rollouts, new)
 
 
 def stale(effective: Mapping[str, float], least: float) -> list[str]:

@@ -173,17 +173,20 @@ def _columns(rollouts: Rollouts, unit: list[int], owner: np.ndarray, new: list[n
 
 def _gradients(policy: Policy, rollouts: Rollouts, objective: str) -> Iterator[Tensor]:
     """Yield the flat gradients of some prompts after another, (prompts, parameters)."""
-    at, size = {}, 0
-    for name, parameter in policy.trainable().items():
-        at[name], size = size, size + parameter.numel()
+    shapes, at, size = {name: p.shape for name, p in policy.trainable().items()}, {}, 0
+    for name, shape in shapes.items():
+        at[name], size = size, size + shape.numel()
     groups = rollouts.groups()
     for start in range(0, len(groups), 512):
         uids = list(groups)[start : start + 512]
         flat = torch.zeros(len(uids), size)
 
-        def sink(name: str, grads: Tensor, flat: Tensor = flat) -> None:
-            grads = grads.flatten(1)
-            flat[:, at[name] : at[name] + grads.shape[1]] += grads
+        def sink(name: str, prompts: slice, grads: Tensor, rows: Tensor | None = None, flat: Tensor = flat) -> None:
+            part = flat[prompts, at[name] : at[name] + shapes[name].numel()]
+            if rows is None:
+                part += grads.flatten(1)
+            else:
+                part.view(len(part), *shapes[name])[0].index_add_(0, rows, grads[0])
 
         part = rollouts.take([i for uid in uids for i in groups[uid]])
         prompt_gradients(policy, part, objective, sink, micro_tokens=RECIPE.policy.micro_tokens)

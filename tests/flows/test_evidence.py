@@ -67,10 +67,20 @@ def test_what_was_collected_anew_is_not_collected_again(
 
 
 def test_nothing_is_collected_anew_by_default(finished: Finished):
-    """Without ``evidence.refresh`` no stage asks for more rollouts of the pool, or looks how stale they are."""
+    """Without ``evidence.refresh`` no stage asks for more rollouts of the pool than training makes."""
     folder, summary = finished
     assert [s["refreshed"] for s in summary["runs"][0]["arms"]["curriculum"]["stages"]] == [0, 0, 0]
-    assert open_store(folder / "store").catalog.keys("staleness") == []
+    steps = open_store(folder / "store").trajectories.read(shards(folder, split="pool"), ["step"])["step"]
+    assert min(steps) > 0
+
+
+def test_a_selection_says_how_stale_its_evidence_was(renewed: tuple[Config, Path, dict[str, Any]]):
+    """Every scored prompt has its share of effective rollouts and its largest ratios; no other has any."""
+    rows = [r for r in pq.read_table(renewed[1] / "export" / "selection.parquet").to_pylist() if r["stage"] == 1]
+    scored = [r for r in rows if r["score_influence"] is not None]
+    assert scored and all(0 < r["ess"] <= 1 and r["log_ratio_p99"] >= 0 for r in scored)
+    assert max(r["log_ratio_p99"] for r in scored) > 0  # the policy moved between the two stages
+    assert all(r["ess"] is None and r["log_ratio_p99"] is None for r in rows if r["score_influence"] is None)
 
 
 def test_evidence_is_the_latest_of_every_policy(finished: Finished, settle: Settle):

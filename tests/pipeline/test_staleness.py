@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.staleness import stale, staleness
+from pipeline.features import projection_for, sketch_gradients
+from pipeline.staleness import measure, of_rollouts, stale, staleness
 
 seeds = st.integers(0, 10**6)
 
@@ -67,6 +68,23 @@ def test_prompts_do_not_mix(seed):
         alone = staleness(new[rows], old[rows], mask[rows], owner[rows])
         for name in ("effective", "ess", "log_ratio_max", "log_ratio_p99", "lost"):
             assert getattr(alone, name)[0] == pytest.approx(getattr(whole, name)[i])
+
+
+def test_the_gradient_pass_and_a_forward_pass_say_the_same(llama, make_rollouts):
+    """What a gradient pass sees on its way is what a forward pass of its own measures, in any number of passes."""
+    rollouts = make_rollouts(llama, prompts=4, drift=0.5)
+    seen = {}
+
+    def watch(group, logp):
+        uids, found = of_rollouts(group, logp)
+        seen.update(zip(uids, found.effective, strict=True))
+
+    sketch_gradients(llama, rollouts, "grpo_sequence", projection_for(llama, 8), micro_tokens=40, watch=watch)
+    for micro_tokens in (1, 10_000):
+        uids, found = measure(llama, rollouts, micro_tokens=micro_tokens)
+        assert uids == list(rollouts.groups())
+        assert found.effective == pytest.approx([seen[uid] for uid in uids], rel=1e-4)
+    assert (found.effective < found.rollouts).all()
 
 
 def test_a_broken_rollout_is_named():

@@ -20,11 +20,12 @@ from pipeline.generation import Sampling
 from pipeline.generation.transformers import TransformersGenerate
 from pipeline.gradients import prompt_gradients
 from pipeline.objective import OBJECTIVES
+from pipeline.optimization import Optimization, make_optimizer
 from pipeline.packing import pack, packed_logps, passes
 from pipeline.policy import Policy, load_policy, save_policy
 from pipeline.records import Prompts, Rollouts, canonical, keyed_seed, prompt_uid
 from pipeline.rollouts import collect
-from pipeline.training import Batches, Optimization, make_optimizer, train
+from pipeline.training import Batches, train
 from pipeline.verifiers import verify
 
 STEPS = (0, 10, 30, 60)

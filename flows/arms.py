@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -18,6 +19,8 @@ class Stage:
     targets: dict[str, tuple[list[str], int]] = field(default_factory=dict)
     scores: str = ""
     way: str = ""
+    cascade: dict[str, Any] = field(default_factory=dict)  # what the free filters saved
+    rollouts_refresh: int = 0  # of those for selection, the ones that replace stale evidence
     seconds: dict[str, float] = field(default_factory=dict)
 
 

@@ -90,6 +90,7 @@ class Evidence(Section):
     rollouts: int = Field(8, ge=2)  # a prompt, when collecting
     validation_rollouts: int = Field(32, ge=2)  # a validation prompt, fresh at each stage
     recent: int = Field(32, ge=2)  # stored rollouts of a prompt that its gradient rests on
+    refresh: float = Field(0.0, ge=0)  # fewer effective rollouts than this are collected anew at a stage; 0: never
     shard: int = Field(64, ge=1)  # prompts a commit
 
 
@@ -109,7 +110,9 @@ class Features(Section):
     ``score`` ``directional`` is the dot product, from forward passes alone.
     """
 
-    objective: Literal["grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = "grpo_sequence"
+    objective: Literal["grpo_optimal_baseline", "grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = (
+        "grpo_optimal_baseline"
+    )
     dim: int = Field(8192, ge=1)
     keep: float = Field(1.0, gt=0, le=1)
     seed: int = 0
@@ -226,6 +229,11 @@ class Config(Section):
             raise ValueError(
                 "diem.reference = 'expected_reward' differentiates P(correct), which needs unique answers: set "
                 "evaluate.exact = true if yours are, or use diem.reference = 'validation'"
+            )
+        if self.evidence.refresh > self.evidence.recent:
+            raise ValueError(
+                f"evidence.refresh = {self.evidence.refresh:g} with evidence.recent = {self.evidence.recent}: no "
+                "prompt can have that many effective rollouts; set refresh to at most recent, 0 for never"
             )
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")

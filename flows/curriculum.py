@@ -11,15 +11,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from flows import evidence, gradients, prepare, steps, story
+from flows import collecting, evidence, gradients, prepare, steps, story
 from flows.arms import Arm, Stage
 from flows.desk import Desk
 
 STEPS: dict[str, Callable[..., Any]] = {
     "start_policy": prepare.start_policy,
     "prompts": prepare.prompts,
-    "collect": steps.collect,
-    "import_rollouts": steps.import_rollouts,
+    "collect": collecting.collect,
+    "import_rollouts": collecting.import_rollouts,
+    "refresh": collecting.refresh,
     "featurize": gradients.featurize,
     "score": gradients.score,
     "score_directional": gradients.score_directional,
@@ -149,21 +150,25 @@ def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) 
         fresh[split] = do("collect", policy, data, split, rollouts=config.evidence.validation_rollouts, seed=seed)
         stage.rollouts_select += story.count_rollouts(desk, fresh[split])
     uids_of = {split: desk.prompts(data, split).prompt_uid for split in fresh}
-    excluded = evidence.cascade(desk, data, arm.evidence)
-    wanted = [uid for uid in desk.prompts(data, "pool").prompt_uid if uid not in excluded]
-    story.tell_cascade(desk, excluded, len(wanted))
+    found = evidence.cascade(desk, data, arm.evidence)
+    stage.cascade = found.facts
+    story.tell_cascade(desk, stage.cascade)
+    renewed = do("refresh", policy, data, found.left, list(arm.evidence), seed=desk.seed("refresh", number))
+    arm.evidence += renewed
+    stage.rollouts_refresh = story.count_rollouts(desk, renewed)
+    stage.rollouts_select += stage.rollouts_refresh
     targets: dict[str, tuple[list[str], int]] = {}
     if config.features.score == "directional":
         aims = {split: (uids, fresh[split]) for split, uids in uids_of.items()}
-        stage.scores = do("score_directional", policy, wanted, arm.evidence, aims)
+        stage.scores = do("score_directional", policy, found.left, arm.evidence, aims)
     else:
         targets = _targets(do, policy, uids_of, fresh, "features")
-        stage.scores = do("score", do("featurize", policy, wanted, arm.evidence, "pool"), targets)
+        stage.scores = do("score", do("featurize", policy, found.left, arm.evidence, "pool"), targets)
     if config.diem.strength > 0 and config.diem.reference == "validation":
         stage.way = gradients.way(desk, policy)
         shared = targets and gradients.is_that_of_features(desk, policy, stage.way)
         stage.targets = targets if shared else _targets(do, policy, uids_of, fresh, stage.way)
-    stage.selection = do("select", data, arm.evidence, excluded, stage.scores, number)
+    stage.selection = do("select", data, arm.evidence, found.reason, stage.scores, number)
     return stage
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flows.desk import Desk
 from pipeline.records import Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from pipeline.staleness import Staleness
 
 
 def roll(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int, step: int) -> Rollouts:
@@ -74,8 +79,35 @@ def beliefs(
     return alpha, beta, history
 
 
-def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> dict[str, str]:
-    """Return the reason of each prompt of the pool that is not worth a gradient; costs no model call."""
+@dataclass(frozen=True)
+class Cascade:
+    """What the free filters left out.
+
+    Attributes:
+        reason: of each prompt that gets no gradient.
+        tokens: stored completion tokens that would have gone through a backward pass, by reason.
+        left: prompts that get a gradient, in the order of the pool.
+        left_tokens: their stored completion tokens.
+    """
+
+    reason: dict[str, str]
+    tokens: dict[str, int]
+    left: list[str]
+    left_tokens: int
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was saved, for the summary."""
+        return {
+            "prompts": dict(sorted(Counter(self.reason.values()).items())),
+            "tokens": dict(sorted(self.tokens.items())),
+            "prompts_left": len(self.left),
+            "tokens_left": self.left_tokens,
+        }
+
+
+def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> Cascade:
+    """Return what is not worth a gradient, and why; costs no model call."""
     from pipeline.advantages import has_signal
     from pipeline.curriculum import candidates
 
@@ -83,7 +115,36 @@ def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> dict[str, str]:
     stored = read_rollouts_of(desk, rollouts, uids)
     signal = {uid: has_signal(np.array([stored.reward[i] for i in rows])) for uid, rows in stored.groups().items()}
     alpha, beta, _ = beliefs(desk, rollouts, uids)
-    return candidates(uids, alpha, beta, signal, share=desk.config.select.candidates, **desk.config.insight.weight)
+    reason = candidates(uids, alpha, beta, signal, share=desk.config.select.candidates, **desk.config.insight.weight)
+    tokens: Counter[str] = Counter()
+    for uid, completion in zip(stored.prompt_uid, stored.completion_ids, strict=True):
+        tokens[reason.get(uid, "")] += len(completion)
+    left_tokens = tokens.pop("", 0)
+    return Cascade(reason, dict(tokens), [uid for uid in uids if uid not in reason], left_tokens)
+
+
+def write_staleness(desk: Desk, key: str, found: Sequence[tuple[Sequence[str], Staleness]]) -> None:
+    """Store what is left of the evidence of each prompt at one policy, found in one or several passes."""
+    names = ("rollouts", "effective", "ess", "log_ratio_max", "log_ratio_p99", "lost")
+    columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
+    columns |= {name: [v for _, part in found for v in getattr(part, name).tolist()] for name in names}
+    desk.store.tables.write(key, "staleness", columns, {})
+
+
+def staleness_key(desk: Desk, generation: str) -> str:
+    """Return the key under which the staleness of a generation of gradients is kept."""
+    return desk.store.key("staleness", generation=generation)
+
+
+def read_staleness(desk: Desk, generations: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return ``ess`` and ``log_ratio_p99`` by prompt_uid, of the generations that have them beside them."""
+    out: dict[str, dict[str, float]] = {"ess": {}, "log_ratio_p99": {}}
+    for key in (staleness_key(desk, generation) for generation in generations):
+        if desk.store.done(key):
+            table = desk.store.tables.read(key)
+            for name, column in out.items():
+                column.update(zip(table["prompt_uid"], table[name], strict=True))
+    return out
 
 
 def chosen(desk: Desk, selection: str) -> list[str]:
@@ -101,9 +162,12 @@ def write_selection(
     rollouts: Sequence[str],
     chosen: Any,
     stage: int,
-    cosines: Mapping[str, Mapping[str, float]],
+    measured: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Store a stage with all that is known of each prompt of the pool at the moment of selection."""
+    """Store a stage with all that is known of each prompt of the pool at the moment of selection.
+
+    ``measured`` holds further columns by prompt_uid: the cosines, and how stale the evidence is.
+    """
     from pipeline.selectors import insight
 
     out = desk.excluded(data)
@@ -126,5 +190,7 @@ def write_selection(
         "n_obs": [n for _, n in rates],
         "alpha": alpha.tolist(),
         "beta": beta.tolist(),
-    } | {name: [column.get(uid) for uid in uids] for name, column in cosines.items()}
+        "ess": [None] * len(uids),
+        "log_ratio_p99": [None] * len(uids),
+    } | {name: [column.get(uid) for uid in uids] for name, column in measured.items()}
     desk.store.curricula.write(key, columns, {"data": data, "stage": stage, "size": len(chosen.chosen)})

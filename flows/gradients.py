@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from pipeline.features import Projection
     from pipeline.policy import Policy
+    from pipeline.records import Rollouts
+    from pipeline.staleness import Staleness
 
 WEIGHTS_DIM = 1024  # of the factored sketch that weights are made from: importance ranks as exact at .97
 
@@ -78,6 +80,19 @@ def way(desk: Desk, policy: str) -> str:
     return found
 
 
+class Watched:
+    """Describes the evidence of each prompt by the log-probabilities that a gradient pass makes anyway."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[list[str], Staleness]] = []
+
+    def __call__(self, rollouts: Rollouts, logp_new: np.ndarray) -> None:
+        """See the whole groups of some passes."""
+        from pipeline.staleness import of_rollouts
+
+        self.found.append(of_rollouts(rollouts, logp_new))
+
+
 def featurize(
     desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str, *, name: str = "features"
 ) -> list[str]:
@@ -105,7 +120,7 @@ def featurize(
             )
             keys.append(key)
             if not desk.store.done(key):
-                part = stored.take([i for uid in shard for i in groups[uid]])
+                part, watched = stored.take([i for uid in shard for i in groups[uid]]), Watched()
                 found, rows = sketch_gradients(
                     loaded,
                     part,
@@ -114,12 +129,15 @@ def featurize(
                     micro_tokens=desk.config.policy.micro_tokens,
                     metric=metric,
                     scope=where.scope,
+                    watch=watched,
                 )
                 meta = {
                     "policy": policy,
                     "projection": desk.store.key("projection", **where.projection.identity),
                     "objective": settings.objective,
                 }
+                if name == "features":  # before the gradients, so that these are never without it
+                    evidence.write_staleness(desk, evidence.staleness_key(desk, key), watched.found)
                 alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
                 desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], meta)
             advance(len(shard))
@@ -139,7 +157,7 @@ def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[
         cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
         columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
         columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
-        desk.store.tables.write(key, "scores", columns, {"targets": aimed})
+        desk.store.tables.write(key, "scores", columns, {"targets": aimed, "pool": list(pool)})
     return key
 
 

@@ -12,59 +12,6 @@ import numpy as np
 
 from flows import evidence
 from flows.desk import Desk
-from pipeline.records import Rollouts
-
-
-def collect(desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int) -> list[str]:
-    """Sample and score ``rollouts`` completions of each prompt of a split; one key a shard of prompts."""
-    prompts, size, keys = desk.prompts(data, split), desk.config.evidence.shard, []
-    with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
-        for start in range(0, len(prompts), size):
-            shard = prompts.take(range(start, min(start + size, len(prompts))))
-            identity = {
-                "prompts": shard.prompt_uid,
-                "verifiers": shard.verifier,
-                "sampling": desk.config.sampling.model_dump(),
-            }
-            keys.append(
-                desk.store.key(
-                    "rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.config.policy.chat, **identity
-                )
-            )
-            if not desk.store.done(keys[-1]):
-                made = evidence.roll(desk, policy, shard, rollouts=rollouts, seed=seed, step=0)
-                desk.store.trajectories.write(
-                    keys[-1], made.columns(), {"policy": policy, "split": split, "rollouts": len(made)}
-                )
-            advance(len(shard))
-    return keys
-
-
-def import_rollouts(desk: Desk, data: str) -> list[str]:
-    """Bring in rollouts made elsewhere, joined to the pool by prompt_uid; what does not match is counted."""
-    from pathlib import Path
-
-    from pipeline.rollouts import match
-    from stores.bundles import read_rollouts
-
-    rollouts = Rollouts.of(read_rollouts(Path(desk.config.evidence.path)))
-    matched = match(rollouts, desk.prompts(data, "pool"))
-    desk.reporter.line(
-        f"  imported {len(matched)} of {len(rollouts)} rollouts; the others belong to no prompt of the pool"
-    )
-    key = desk.store.key(
-        "rollouts",
-        imported=matched.prompt_uid,
-        completions=[list(map(int, c)) for c in matched.completion_ids],
-        logp=[list(map(float, x)) for x in matched.logp_old],
-        verdicts=matched.verdict,
-        rewards=list(map(float, matched.reward)),
-    )
-    if not desk.store.done(key):
-        desk.store.trajectories.write(
-            key, matched.columns(), {"policy": "imported", "split": "pool", "rollouts": len(matched)}
-        )
-    return [key]
 
 
 def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str, str], scores: str, stage: int) -> str:
@@ -96,7 +43,8 @@ def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str
             rollouts,
             chosen,
             stage,
-            {name: dict(zip(table["prompt_uid"], table[name], strict=True)) for name in names},
+            {name: dict(zip(table["prompt_uid"], table[name], strict=True)) for name in names}
+            | evidence.read_staleness(desk, desk.store.meta(scores).get("pool", [])),
         )
     return key
 

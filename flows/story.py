@@ -25,10 +25,13 @@ def tell_prompts(desk: Desk, data: str) -> None:
     desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes.items()))
 
 
-def tell_cascade(desk: Desk, excluded: Mapping[str, str], left: int) -> None:
-    """Say what the free filters left out."""
-    counts = ", ".join(f"{n} {reason}" for reason, n in sorted(Counter(excluded.values()).items())) or "none"
-    desk.reporter.line(f"  left out before any gradient: {counts}; {left} prompts get one")
+def tell_cascade(desk: Desk, cascade: Mapping[str, Any]) -> None:
+    """Say what the free filters left out, and what share of the stored tokens costs no backward pass for it."""
+    counts = ", ".join(f"{n} {reason}" for reason, n in cascade["prompts"].items()) or "none"
+    saved = sum(cascade["tokens"].values())
+    share = saved / max(1, saved + cascade["tokens_left"])
+    desk.reporter.line(f"  left out before any gradient: {counts}; {cascade['prompts_left']} prompts get one")
+    desk.reporter.line(f"  {saved:,} stored completion tokens, {share:.0%}, cost no backward pass")
 
 
 def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:

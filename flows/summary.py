@@ -150,6 +150,8 @@ def _stage(desk: Desk, data: str, stage: Stage, level: dict[str, Any]) -> dict[s
         "selected_by_ability": story.by_ability(desk, data, picked),
         "by_reason": dict(Counter(table["reason"])),
         "rollouts": {"train": stage.rollouts_train, "select": stage.rollouts_select},
+        "refreshed": stage.rollouts_refresh,
+        "cascade": stage.cascade,
         "level": level,
         "groups_with_signal": sum(m["signal"] for m in metrics) / len(metrics),
         "diem_identity": all(m.get("diem_identity", True) for m in metrics),
@@ -164,7 +166,7 @@ def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict
     uids = evidence.chosen(desk, selection)
     part, at = pool.take(pool.rows_of(uids)), [row[uid] for uid in uids]
     policy = arm.start if stage.number == 0 else arm.stages[stage.number - 1].checkpoints[-1][1]
-    known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs")
+    known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs", "ess", "log_ratio_p99")
     return {
         "prompt_uid": uids,
         "prompt": [json.loads(m) for m in part.messages],

@@ -33,13 +33,19 @@ def weighted_group_advantages(
     rewards: Float[np.ndarray, " rollouts"],
     weights: Float[np.ndarray, " rollouts"],
     owner: Int[np.ndarray, " rollouts"],
+    *,
+    baseline_weights: Float[np.ndarray, " rollouts"] | None = None,
 ) -> Float[np.ndarray, " rollouts"]:
-    """Return A with importance-weighted group statistics (the released code's ``reweight_group_adv``)."""
+    """Return A with importance-weighted group statistics (the released code's ``reweight_group_adv``).
+
+    ``baseline_weights`` weigh the mean that is taken from the rewards, where they are not ``weights`` themselves.
+    """
     out = np.zeros(len(rewards))
     for rows in _groups(owner):
         r, w = rewards[rows], weights[rows]
         mean = np.average(r, weights=w)
-        out[rows] = (r - mean) / (np.sqrt(np.average((r - mean) ** 2, weights=w)) + EPSILON)
+        baseline = mean if baseline_weights is None else np.average(r, weights=baseline_weights[rows])
+        out[rows] = (r - baseline) / (np.sqrt(np.average((r - mean) ** 2, weights=w)) + EPSILON)
     return out
 
 

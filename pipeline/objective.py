@@ -11,14 +11,20 @@ the clipped sequence weight, A^u_k = advantage with group statistics weighted by
     grpo                 c = rho_kt A_k / (K |k|)                arXiv:2510.26491 (CROPI) as run: unclipped, no KL
     grpo_weighted_group  c = rho_kt A^q_k / (K |k|)              its option: q_k = exp(mean_t log rho_kt)
     rft                  c = [R_k > 0] / (n_rewarded |k|)        its alternative loss
-    grpo_sequence        c = w_k A^w_k / (|k| sum_j w_j)         ours, the default for influence
+    grpo_sequence        c = w_k A^w_k / (|k| sum_j w_j)         sequence weights throughout
+    grpo_optimal_baseline  the same with b in the place of mean_w: the default for influence
+                         b = sum_k w_k m_k R_k / sum_k w_k m_k,  m_k = sum_t (1 - exp(logp_new_kt))^2 / |k|^2
     grpo_clipped         as grpo, and 0 where the clipped surrogate is flat: what a step of training uses
     reinforce            c = w_k (R_k - b_k) / K,  b_k = sum_{j != k} w_j R_j / sum_{j != k} w_j
 
 ``reinforce`` divides neither by a deviation nor by a length: as long as no ratio reaches the clip, its expectation is
 the gradient of the expected reward. The others weigh prompts by 1/std and rollouts by 1/|k|, on purpose or by custom.
+Any constant may be taken from the rewards; the one that leaves the least variance is E[|s|^2 R] / E[|s|^2] with s the
+score function of a rollout (Greensmith et al. 2004, section 4). m stands for |s|^2: the squared share of the sampled
+logit in the gradient of log pi by the logits, which the log-probability tells.
 Departures: (1) grpo_sequence. A per-token ratio corrects the current token only, not the reward that the rest of the
-completion earned; sequence weights correct both, and self-normalising bounds their variance.
+completion earned; sequence weights correct both, and self-normalising bounds their variance. (2) b weighs with w where
+the least variance under the sampler asks for w^2: one large ratio would decide the baseline.
 """
 
 from __future__ import annotations
@@ -87,6 +93,21 @@ def grpo_sequence(
     return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
 
 
+def grpo_optimal_baseline(
+    logp_new: Float[np.ndarray, "rollouts tokens"],
+    logp_old: Float[np.ndarray, "rollouts tokens"],
+    mask: Bool[np.ndarray, "rollouts tokens"],
+    rewards: Float[np.ndarray, " rollouts"],
+    owner: Int[np.ndarray, " rollouts"],
+) -> Coefficients:
+    """Return c of ``grpo_sequence`` with the baseline of least variance: rollouts with a large gradient decide it."""
+    w = relative_weights(_log_ratio(logp_new, logp_old, mask).sum(1), owner, clip=CLIP)
+    surprise = np.where(mask, 1.0 - np.exp(np.where(mask, logp_new, 0.0)), 0.0)
+    m = np.maximum((surprise**2).sum(1) / _lengths(mask) ** 2, 1e-12)  # where all is certain, the group's mean
+    a = weighted_group_advantages(rewards, w, owner, baseline_weights=w * m)
+    return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
+
+
 def grpo_clipped(
     logp_new: Float[np.ndarray, "rollouts tokens"],
     logp_old: Float[np.ndarray, "rollouts tokens"],
@@ -121,7 +142,13 @@ CLIP = 5.0
 """The largest sequence weight."""
 
 OBJECTIVES: dict[str, Callable[..., Coefficients]] = {
-    function.__name__: function for function in (grpo, grpo_weighted_group, rft, grpo_sequence, grpo_clipped, reinforce)
+    "grpo": grpo,
+    "grpo_weighted_group": grpo_weighted_group,
+    "rft": rft,
+    "grpo_sequence": grpo_sequence,
+    "grpo_optimal_baseline": grpo_optimal_baseline,
+    "grpo_clipped": grpo_clipped,
+    "reinforce": reinforce,
 }
 
 

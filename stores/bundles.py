@@ -43,6 +43,8 @@ SCHEMA: dict[str, pa.DataType] = {
     "alpha": pa.float64(),
     "beta": pa.float64(),
     "n_obs": pa.int64(),
+    "ess": pa.float64(),
+    "log_ratio_p99": pa.float64(),
     "policy_id": pa.string(),
 }
 """The columns of a stage. The float64 columns may hold None, or be absent: then all of them are None."""

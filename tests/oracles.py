@@ -99,9 +99,12 @@ def surrogate_by_loop(
             baseline = sum(w[j] * r[j] for j in others) / sum(w[j] for j in others)
             total = total + w[k] * (r[k] - baseline) * x.sum() / len(new)
         return total
-    if name == "grpo_sequence":
+    if name in ("grpo_sequence", "grpo_optimal_baseline"):
         mean = (w * r).sum() / w.sum()
         spread = ((w * (r - mean) ** 2).sum() / w.sum()).sqrt()
+        if name == "grpo_optimal_baseline":
+            u = w * torch.stack([sum((1 - p) ** 2 for p in x.detach().exp()) / len(x) ** 2 for x in new])
+            mean = (u * r).sum() / u.sum()
         return sum(w[k] / w.sum() * (r[k] - mean) / (spread + 1e-4) * x.mean() for k, x in enumerate(new))
     advantage = (r - r.mean()) / (r.std(correction=1) + 1e-4)
     if name == "grpo_weighted_group":

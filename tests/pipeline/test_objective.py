@@ -12,6 +12,7 @@ from pipeline.objective import (
     OBJECTIVES,
     grpo,
     grpo_clipped,
+    grpo_optimal_baseline,
     grpo_sequence,
     grpo_weighted_group,
     reinforce,
@@ -60,6 +61,38 @@ def test_grpo_weighted_group_by_hand():
     assert c == pytest.approx(np.array([[2.0 * a[0] / 4, a[0] / 4], [0.5 * a[1] / 2, 0.0]]))
 
 
+def test_grpo_optimal_baseline_by_hand():
+    """Ratios 2 and 1/2 on m = (.5^2 + .6^2) / 4 and .8^2: the baseline is .305 / (.305 + .32), the deviation .4."""
+    new, old = np.log([[0.5, 0.4], [0.2, 1.0]]), np.log([[0.25, 0.4], [0.4, 1.0]])
+    mask = np.array([[True, True], [True, False]])
+    c = grpo_optimal_baseline(new, old, mask, np.array([1.0, 0.0]), np.array([0, 0]))
+    b = 0.305 / 0.625
+    assert c == pytest.approx(np.array([[0.8 * (1 - b) / (0.4 + EPSILON) / 2] * 2, [-0.2 * b / (0.4 + EPSILON), 0.0]]))
+
+
+def test_the_optimal_baseline_leaves_the_least_variance():
+    """Of all constants, the baseline taken from the rewards of two outcomes gives the least noise in the gradient."""
+    policy, reward = np.array([0.8, 0.2]), np.array([1.0, 0.0])
+    s = np.eye(2) - policy  # gradient of log pi by the logits, one row an outcome
+
+    def noise(b):
+        g = (reward - b)[:, None] * s
+        return policy @ (g**2).sum(1) - ((policy @ g) ** 2).sum()
+
+    best = min(np.linspace(0, 1, 101), key=noise)
+    x = np.array([0, 0, 0, 0, 1])  # each outcome as often as it is likely
+    logp = np.log(policy[x])[:, None]
+    c = grpo_optimal_baseline(logp, logp, np.ones((5, 1), bool), reward[x], np.zeros(5, int))
+    assert c[0, 0] / -c[4, 0] == pytest.approx((1 - best) / best)
+    assert noise(best) < 0.5 * noise(policy @ reward)  # the group's mean
+
+
+def test_certain_tokens_leave_the_group_mean():
+    """Where every token is certain no gradient is larger than another, and the baseline is the mean."""
+    args = (np.zeros((3, 2)), np.zeros((3, 2)), np.ones((3, 2), bool), np.array([1.0, 0.0, 0.0]), np.zeros(3, int))
+    assert grpo_optimal_baseline(*args) == pytest.approx(grpo_sequence(*args))
+
+
 def test_reinforce_by_hand():
     """Three rollouts with ratios 2, 1/2 and 1: each is held against the weighted mean of the other two."""
     new, old = np.log([[0.5, 0.4], [0.2, 1.0], [0.3, 0.3]]), np.log([[0.25, 0.4], [0.4, 1.0], [0.3, 0.3]])
@@ -69,17 +102,21 @@ def test_reinforce_by_hand():
 
 
 def test_reinforce_is_the_gradient_of_the_expected_reward():
-    """Over all groups of three draws from another sampler, the mean estimate is the exact gradient, ratios below 5."""
-    theta, sampler = np.array([0.2, -0.3, 0.4]), np.array([0.5, 0.3, 0.2])
+    """Over all pooled groups, two draws of one sampler and one of another, the mean estimate is the exact gradient."""
+    theta, samplers = np.array([0.2, -0.3, 0.4]), np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
     policy, reward = np.exp(theta) / np.exp(theta).sum(), np.array([1.0, 0.0, 0.3])
     exact = policy * (reward - policy @ reward)  # d/dtheta of sum_x pi(x) R(x)
     mean = np.zeros(3)
     for group in product(range(3), repeat=3):
         x = list(group)
         c = reinforce(
-            np.log(policy[x])[:, None], np.log(sampler[x])[:, None], np.ones((3, 1), bool), reward[x], np.zeros(3, int)
+            np.log(policy[x])[:, None],
+            np.log(samplers[[0, 1, 2], x])[:, None],  # each rollout against the policy that drew it
+            np.ones((3, 1), bool),
+            reward[x],
+            np.zeros(3, int),
         )
-        mean += np.prod(sampler[x]) * (c * (np.eye(3)[x] - policy)).sum(0)  # grad log pi(x) = e_x - pi
+        mean += np.prod(samplers[[0, 1, 2], x]) * (c * (np.eye(3)[x] - policy)).sum(0)  # grad log pi(x) = e_x - pi
     assert mean == pytest.approx(exact, abs=1e-12)
 
 
@@ -95,13 +132,13 @@ def test_coefficients_are_the_derivative_of_the_loss(name, seed):
         assert c[rows] == pytest.approx(loop, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["grpo_sequence", "reinforce"])
+@pytest.mark.parametrize("name", ["grpo_sequence", "grpo_optimal_baseline", "reinforce"])
 def test_long_stale_completions_do_not_underflow(name):
     """Ratios far below the smallest number still compare: the coefficients are finite, and the nearer rollout leads."""
     new, old = np.full((3, 1), -2000.0) - np.array([[0.0], [1.0], [3.0]]), np.zeros((3, 1))
     c = OBJECTIVES[name](new, old, np.ones((3, 1), bool), np.array([1.0, 0.0, 0.0]), np.zeros(3, int))
     assert np.isfinite(c).all()
-    if name == "grpo_sequence":
+    if name != "reinforce":  # whose weights are not relative to each other: these rollouts say nothing any more
         assert c[0, 0] > -c[1, 0] > -c[2, 0] > 0
 
 

@@ -15,9 +15,13 @@ from flows.desk import Desk
 from pipeline.records import Rollouts
 
 
-def collect(desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int) -> list[str]:
-    """Sample and score ``rollouts`` completions of each prompt of a split; one key a shard of prompts."""
+def collect(
+    desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int, uids: Sequence[str] | None = None
+) -> list[str]:
+    """Sample and score ``rollouts`` completions of each prompt of a split, or of its ``uids``; one key a shard."""
     prompts, size, keys = desk.prompts(data, split), desk.config.evidence.shard, []
+    if uids is not None:
+        prompts = prompts.take(prompts.rows_of(uids))
     with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
         for start in range(0, len(prompts), size):
             shard = prompts.take(range(start, min(start + size, len(prompts))))

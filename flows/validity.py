@@ -56,6 +56,7 @@ def measure(desk: Desk, prompts: int) -> dict[str, Any]:
         "validity",
         revision=REVISION,
         policy=policy,
+        dtype=config.policy.dtype,
         adapter=desk.adapter,
         data=data,
         own=own,
@@ -69,7 +70,7 @@ def measure(desk: Desk, prompts: int) -> dict[str, Any]:
     if not desk.store.done(key):
         held_out = {"validation": Prompts.concat(desk.prompts(data, split) for split in validation)}
         held_out["test"] = desk.prompts(data, "test")
-        columns, result = _compare(desk, policy, own, other, goals, held_out)
+        columns, result = _compare(desk, policy, uids, own, other, goals, held_out)
         result |= {"step": step, "seed": config.seed, "policy": policy, "dim": config.features.dim}
         result |= {"rollouts": count, "validation_rollouts": aim, "held_out": {n: len(p) for n, p in held_out.items()}}
         desk.store.tables.write(key, "validity", columns, {"result": result})
@@ -111,8 +112,8 @@ def stored(desk: Desk) -> dict[str, Any] | None:
 def tell(result: dict[str, Any]) -> dict[str, Any]:
     """Return what a person reads of a result: one line a scorer, and what the lines rest on."""
     lines: dict[str, Any] = {"step": result["step"], "prompts with signal": result["prompts"]["signal"]}
-    for name in scorers(result):
-        cells = [f"{effect} {_cell(sets['validation'][name])}" for effect, sets in result["agreement"].items()]
+    for name in scorers():
+        cells = [f"{effect} {_cell(result['agreement'][effect]['validation'][name])}" for effect in effects()]
         lines[name] = "; ".join(cells)
     lines["reliability"] = "; ".join(f"{name} {_number(r['whole'])}" for name, r in result["reliability"].items())
     lines["cosine of the target to grad J"] = _number(result["target_cosine"])
@@ -121,11 +122,18 @@ def tell(result: dict[str, Any]) -> dict[str, Any]:
     return lines
 
 
-def scorers(result: dict[str, Any]) -> list[str]:
-    """Return the names of the scorers of a result, in the order of their table."""
+def scorers() -> list[str]:
+    """Return the names of the scorers, in the order of their table."""
     from pipeline.scorers import SCORERS
 
-    return [name for name in SCORERS if name in result["agreement"]["unit"]["validation"]]
+    return list(SCORERS)
+
+
+def effects() -> tuple[str, ...]:
+    """Return the names of the effects."""
+    from pipeline.validity import EFFECTS
+
+    return EFFECTS
 
 
 class _NotMade(Exception):
@@ -148,16 +156,18 @@ class _Made(Store):
 def _compare(
     desk: Desk,
     policy: str,
+    uids: Sequence[str],
     own: Sequence[str],
     other: Sequence[str],
     goals: Sequence[str],
     held_out: dict[str, Prompts],
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     from pipeline.scorers import Settings
-    from pipeline.validity import compare, with_signal, work
+    from pipeline.validity import compare, of_prompts, with_signal, work
 
     config, loaded = desk.config, desk.load(policy)
     scored, again, aims = (Rollouts.of(desk.store.trajectories.read(keys)) for keys in (own, other, goals))
+    scored = of_prompts(scored, uids)  # in the order drawn: the pool that is retrained is the first of them
     settings = Settings(
         objective=config.features.objective,
         projection=desk.projection(loaded),
@@ -173,12 +183,10 @@ def _compare(
 
 
 def _show(reporter: Reporter, result: dict[str, Any]) -> None:
-    for split in result["held_out"]:
-        rows = [
-            [name, *(_cell(sets[split][name]) for sets in result["agreement"].values())] for name in scorers(result)
-        ]
+    for split in sorted(result["held_out"], reverse=True):  # validation first
+        rows = [[name, *(_cell(result["agreement"][e][split][name]) for e in effects())] for name in scorers()]
         title = f"rank agreement of scores with the change of expected reward, {split}"
-        reporter.table(title, ["score", *(effect.replace("_", " ") for effect in result["agreement"])], rows)
+        reporter.table(title, ["score", *(effect.replace("_", " ") for effect in effects())], rows)
 
 
 def _cell(found: dict[str, Any]) -> str:

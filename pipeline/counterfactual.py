@@ -40,11 +40,14 @@ RETRAIN_STEP, RETRAIN_STEPS = 1e-4, 8  # h and m of a retraining
 
 def policy_gradient(policy: Policy, rollouts: Rollouts, objective: str, *, micro_tokens: int = 65_536) -> Gradient:
     """Return the sum of the policy gradients of the prompts of ``rollouts``; the one place that knows the sink."""
-    total: Gradient = {}
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in policy.trainable().items()}
 
-    def sink(name: str, grads: Tensor) -> None:
+    def sink(name: str, prompts: slice, grads: Tensor, rows: Tensor | None = None) -> None:
         part = grads.sum(dim=0)
-        total[name] = total[name] + part if name in total else part
+        if rows is None:
+            total[name] += part
+        else:
+            total[name].index_add_(0, rows, part)
 
     prompt_gradients(policy, rollouts, objective, sink, micro_tokens=micro_tokens)
     return total
@@ -235,6 +238,6 @@ def _norm(gradient: Mapping[str, Tensor]) -> float:
 
 
 def _refuse_coarse(policy: Policy) -> None:
-    coarse = {str(p.dtype) for p in policy.trainable().values() if p.dtype not in (torch.float32, torch.float64)}
+    coarse = {str(p.dtype) for p in policy.trainable().values() if p.dtype != torch.float32}
     if coarse:
         raise ValueError(f"policy holds {sorted(coarse)}: a small step would be rounded away; load it in float32")

@@ -19,10 +19,9 @@ import numpy as np
 from jaxtyping import Float
 
 from pipeline.counterfactual import Gradient, alignments, policy_gradient
-from pipeline.gradients import sketch_gradients
+from pipeline.features import Projection, sketch_gradients
 from pipeline.influence import cosine, mean_gradient
 from pipeline.policy import Policy
-from pipeline.projection import SparseProjection
 from pipeline.records import Rollouts
 from pipeline.selectors import insight, uniform
 
@@ -32,7 +31,7 @@ class Settings:
     """What the comparison takes from the run: its objective, its projection, its taste for difficulty, its seed."""
 
     objective: str
-    projection: SparseProjection
+    projection: Projection
     prior: tuple[float, float]
     mu: float
     eta: float

@@ -12,7 +12,7 @@ left out of rho, which they could only flatter.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from pipeline.records import Prompts, Rollouts
 from pipeline.scorers import SCORERS, Settings, know, target_gradient
 
 REVISION = 1
+EFFECTS = ("unit", "raw", "other", "left_out")
 POOL = 24  # prompts of the pool that is retrained without each of its own
 DTYPE_PROMPTS = 8  # prompts whose gradient is compared with that in float32
 
@@ -52,7 +53,7 @@ def compare(
 
     Args:
         policy: scored in its own dtype; steps are taken on a float32 copy of it where it has another.
-        own: rollouts of some prompts: scored, stepped on, and retrained on.
+        own: rollouts of some prompts: scored, stepped on, and (the first ``POOL`` with signal) retrained on.
         other: rollouts of the same prompts, of another draw.
         validation_rollouts: rollouts of the prompts of ``held_out["validation"]``.
         held_out: prompts with unique answers: ``validation``, and any others that J is to be measured on.
@@ -153,7 +154,7 @@ def dtype_noise(
         scale = (inner(a, a) * inner(b, b)) ** 0.5
         cosines.append(inner(a, b) / scale if scale > 0 else 0.0)
     dtype = str(policy.model.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "cosines": cosines, "mean": float(np.mean(cosines)), "least": min(cosines)}
+    return {"dtype": dtype, "prompts": len(cosines), "mean": float(np.mean(cosines)), "least": min(cosines)}
 
 
 def in_float32(policy: Policy) -> Policy:
@@ -171,7 +172,7 @@ def with_signal(rollouts: Rollouts) -> Rollouts:
     )
 
 
-def of_prompts(rollouts: Rollouts, uids: tuple[str, ...]) -> Rollouts:
+def of_prompts(rollouts: Rollouts, uids: Sequence[str]) -> Rollouts:
     """Return the rollouts of some prompts, in the order of ``uids``.
 
     Raises:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from flows import gradients
 from flows.curriculum import Do, run_curriculum
 from flows.desk import Desk
 from flows.progress import Reporter
@@ -162,15 +164,25 @@ def _compare(
     goals: Sequence[str],
     held_out: dict[str, Prompts],
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    from pipeline.features import sketch_gradients
     from pipeline.scorers import Settings
     from pipeline.validity import compare, of_prompts, with_signal, work
 
     config, loaded = desk.config, desk.load(policy)
     scored, again, aims = (Rollouts.of(desk.store.trajectories.read(keys)) for keys in (own, other, goals))
     scored = of_prompts(scored, uids)  # in the order drawn: the pool that is retrained is the first of them
+    where = gradients.space(desk, loaded, "features")
+    sketch = partial(
+        sketch_gradients,
+        objective=config.features.objective,
+        projection=where.projection,
+        micro_tokens=config.policy.micro_tokens,
+        metric=gradients.optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None,
+        scope=where.scope,
+    )
     settings = Settings(
         objective=config.features.objective,
-        projection=desk.projection(loaded),
+        sketch=sketch,
         prior=config.beliefs.prior,
         mu=config.insight.mu,
         eta=config.insight.eta,

@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Float
 
 from pipeline.counterfactual import Gradient, alignments, policy_gradient
-from pipeline.features import Projection, sketch_gradients
 from pipeline.influence import cosine, mean_gradient
 from pipeline.policy import Policy
 from pipeline.records import Rollouts
@@ -28,10 +27,21 @@ from pipeline.selectors import insight, uniform
 
 @dataclass(frozen=True)
 class Settings:
-    """What the comparison takes from the run: its objective, its projection, its taste for difficulty, its seed."""
+    """What the comparison takes from the run.
+
+    Attributes:
+        objective: name in ``pipeline.objective.OBJECTIVES``.
+        sketch: returns the prompts of some rollouts and their features, as the run projects them.
+        prior: of the beliefs.
+        mu: of the weight of difficulty, as is eta.
+        eta: see mu.
+        seed: of the random score.
+        chat: render messages with the chat template.
+        micro_tokens: most tokens in one backward pass.
+    """
 
     objective: str
-    projection: Projection
+    sketch: Callable[[Policy, Rollouts], tuple[list[str], Float[np.ndarray, "prompts dim"]]]
     prior: tuple[float, float]
     mu: float
     eta: float
@@ -124,9 +134,7 @@ def know(
     """
     options: dict[str, Any] = {"objective": settings.objective, "micro_tokens": settings.micro_tokens}
     aligned = alignments(policy, own, {"dot": target, "exact": truth}, **options)
-    project: dict[str, Any] = {"projection": settings.projection, **options}
-    _, rows = sketch_gradients(policy, own, **project)
-    _, aims = sketch_gradients(policy, goals, **project)
+    (_, rows), (_, aims) = settings.sketch(policy, own), settings.sketch(policy, goals)
     v = mean_gradient(aims, np.ones(len(aims), np.float32), size=size)
     groups = own.groups()
     return Known(

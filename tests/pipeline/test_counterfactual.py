@@ -18,7 +18,7 @@ from pipeline.records import Prompts, canonical
 from tests.oracles import gradients_by_loop, logps_of_one
 
 PAIRS = [("1+1=", "2"), ("12+3=", "15"), ("RabS", "ab")]
-OBJECTIVE = "cropi_is"
+OBJECTIVE = "grpo_sequence"
 
 
 @pytest.fixture

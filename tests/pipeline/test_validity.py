@@ -1,19 +1,21 @@
 """Scores held against effects: each scorer against the loop, what is left out, what noise there is."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from pipeline import counterfactual
-from pipeline.features import projection_for
+from pipeline.features import projection_for, sketch_gradients
 from pipeline.policy import Policy
 from pipeline.records import Rollouts
 from pipeline.scorers import SCORERS, Settings
 from pipeline.validity import compare, dtype_noise, in_float32, of_prompts, split_half, with_signal, work
 from tests.oracles import gradients_by_loop
 
-OBJECTIVE = "cropi_is"
+OBJECTIVE = "grpo_sequence"
 
 
 @pytest.fixture
@@ -28,7 +30,8 @@ def setting(llama, make_rollouts, make_prompts):
         "validation": make_prompts([("1+1=", "2"), ("R1", "3"), ("S", "")]),
         "test": make_prompts([("3+", "5")]),
     }
-    settings = Settings(OBJECTIVE, projection_for(llama, 4096), (1.0, 1.0), 0.3, 3.0, 5, False, 65_536)
+    sketch = partial(sketch_gradients, objective=OBJECTIVE, projection=projection_for(llama, 4096))
+    settings = Settings(OBJECTIVE, sketch, (1.0, 1.0), 0.3, 3.0, 5, False, 65_536)
     return Rollouts.of(flat), other, goals, held_out, settings
 
 

@@ -49,6 +49,15 @@ def parser() -> argparse.ArgumentParser:
         command = add(name, text)
         with_run(command)
         command.add_argument("--stage", type=int, help="stage, counted from 0; the first that has this step by default")
+        if name == "evaluate":
+            command.add_argument(
+                "--validity",
+                action="store_true",
+                help="instead, hold the scores of some prompts against what those prompts do to the newest checkpoint",
+            )
+            command.add_argument(
+                "--prompts", type=int, metavar="N", help="prompts that --validity draws; 128 by default"
+            )
     for name, text in (
         ("export", "run the loop if need be, and write the stages as a dataset"),
         ("report", "run the loop if need be, and write the report"),

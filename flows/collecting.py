@@ -9,9 +9,14 @@ from flows.desk import Desk
 from pipeline.records import Prompts, Rollouts
 
 
-def collect(desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int) -> list[str]:
-    """Sample and score ``rollouts`` completions of each prompt of a split; one key a shard of prompts."""
-    return _collect(desk, policy, desk.prompts(data, split), split, rollouts=rollouts, seed=seed)
+def collect(
+    desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int, uids: Sequence[str] | None = None
+) -> list[str]:
+    """Sample and score ``rollouts`` completions of each prompt of a split, or of its ``uids``; one key a shard."""
+    prompts = desk.prompts(data, split)
+    if uids is not None:
+        prompts = prompts.take(prompts.rows_of(uids))
+    return _collect(desk, policy, prompts, split, rollouts=rollouts, seed=seed)
 
 
 def import_rollouts(desk: Desk, data: str) -> list[str]:

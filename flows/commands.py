@@ -27,6 +27,8 @@ def dispatch(arguments: argparse.Namespace) -> Result:
     if arguments.seed is not None:
         config = config.model_copy(update={"seed": arguments.seed})
     folder = arguments.dir or Path("runs") / config.name
+    if arguments.command == "evaluate" and (arguments.validity or arguments.prompts is not None):
+        return _validity(arguments, config, folder, reporter)
     if arguments.command in SINGLE:
         return _single(config, folder, reporter, SINGLE[arguments.command][0], arguments.stage)
     if arguments.command == "import":
@@ -92,6 +94,20 @@ def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: 
     if do.found:
         return {"step": step, "stage": number, "keys": do.found}, 0
     raise ValueError(f"step {step!r} does not occur in stage {number}")
+
+
+def _validity(arguments: argparse.Namespace, config: Config, folder: Path, reporter: Reporter) -> Result:
+    from flows import validity
+    from flows.run import open_desk
+
+    if not arguments.validity or arguments.stage is not None:
+        raise ValueError(
+            "--prompts goes with --validity, and --stage without it: the newest checkpoint is what it measures"
+        )
+    prompts = validity.PROMPTS if arguments.prompts is None else arguments.prompts
+    with open_desk(config, folder, reporter) as desk:
+        result = validity.measure(desk, prompts)
+    return result if arguments.json else validity.tell(result), 0
 
 
 def _import(config: Config, folder: Path, reporter: Reporter) -> Result:

@@ -90,7 +90,7 @@ def run_seed(do: Do) -> tuple[str, list[Arm], list[str]]:
     start = do("start_policy")
     data = do("prompts", start)
     story.tell_prompts(desk, data)
-    curriculum = _curriculum(do, data, start)
+    curriculum = run_curriculum(do, data, start)
     if do.found:  # the controls' steps are not those of a stage
         raise Reached(do.found)
     controls = [_control_selection(do, data, stage) for stage in curriculum.stages]
@@ -110,7 +110,8 @@ def _splits(do: Do, data: str) -> list[str]:
     return [split for split in splits if split != "pool"]
 
 
-def _curriculum(do: Do, data: str, start: str) -> Arm:
+def run_curriculum(do: Do, data: str, start: str) -> Arm:
+    """Run the stages of the curriculum alone."""
     desk, config = do.desk, do.desk.config
     arm = _begin(do, "curriculum", data, start)
     do.stage = 0

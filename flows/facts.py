@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from flows import evidence, story
+from flows import evidence, story, validity
 from flows.arms import Arm, Stage
 from flows.config import to_toml
 from flows.desk import Desk
@@ -31,6 +31,7 @@ def gather(desk: Desk, data: str, curriculum: Arm) -> dict[str, Any]:
             "after": _belief(desk, curriculum.evidence, pool, "after the run"),
         },
         "diem": [facts for stage in curriculum.stages if (facts := _diem(desk, data, stage))],
+        "validity": validity.stored(desk),
         "settings": to_toml(desk.config),
     }
 

@@ -103,7 +103,7 @@ def featurize(
     stored = evidence.read_rollouts_of(desk, rollouts, uids)
     groups, loaded = stored.groups(), desk.load(policy)
     where = space(desk, loaded, name)
-    metric = _metric(desk, policy, loaded) if where.metric == "adam" else None
+    metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
     with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
         for start in range(0, len(groups), size):
             shard = list(groups)[start : start + size]
@@ -209,7 +209,12 @@ def _aimed(desk: Desk, has_gradient: Mapping[str, bool]) -> list[str]:
     return [name for name, has in has_gradient.items() if has]
 
 
-def _metric(desk: Desk, key: str, policy: Policy) -> dict[str, Tensor]:
+def optimizer_metric(desk: Desk, key: str, policy: Policy) -> dict[str, Tensor]:
+    """Return the metric of the optimizer that a checkpoint was stored with.
+
+    Raises:
+        ValueError: it was stored without one.
+    """
     from flows.learning import optimizer_tensors
     from pipeline.features import adam_metric
 

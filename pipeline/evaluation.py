@@ -18,7 +18,7 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from pipeline.generation import Generate, Sampling
-from pipeline.policy import Policy, collate, token_logps
+from pipeline.policy import Batch, Policy, collate, token_logps
 from pipeline.prompts import render
 from pipeline.records import Prompts, canonical
 from pipeline.rollouts import Score, collect
@@ -35,12 +35,7 @@ def exact_reward(
     Raises:
         ValueError: a prompt is not verified by exact match, so that its answer is not unique.
     """
-    asked, answers = _answered(policy, prompts, chat)
-    parts = []
-    for i in range(0, len(prompts), rows):
-        batch = collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
-        parts.append(token_logps(policy.model, batch).sum(dim=1).exp().cpu().numpy())
-    reward = np.concatenate(parts)
+    reward = chances(policy, answer_batches(policy, prompts, chat=chat, rows=rows)).cpu().numpy()
     if not np.isfinite(reward).all():
         bad = prompts.prompt_uid[int(np.flatnonzero(~np.isfinite(reward))[0])]
         raise FloatingPointError(f"prompt {bad}: the policy's log-probabilities are not finite; its weights hold NaN")
@@ -55,15 +50,44 @@ def expected_reward_gradient(
     Raises:
         ValueError: a prompt is not verified by exact match, so that its answer is not unique.
     """
-    asked, answers = _answered(policy, prompts, chat)
     parameters = policy.trainable()
     total = {name: torch.zeros(p.shape, device=p.device) for name, p in parameters.items()}
-    for i in range(0, len(prompts), rows):
-        batch = collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
-        value = token_logps(policy.model, batch).sum(dim=1).exp().sum() / len(prompts)
+    for batch in answer_batches(policy, prompts, chat=chat, rows=rows):
+        value = chances(policy, [batch]).sum() / len(prompts)
         for name, grad in zip(parameters, torch.autograd.grad(value, list(parameters.values())), strict=True):
             total[name] += grad
     return total
+
+
+def answer_batches(policy: Policy, prompts: Prompts, *, chat: bool = False, rows: int = 512) -> list[Batch]:
+    """Return prompts and their answers as token ids, ``rows`` prompts a batch; they serve as often as is needed.
+
+    Raises:
+        ValueError: a prompt is not verified by exact match, so that its answer is not unique.
+    """
+    require_exact(prompts)
+    end = policy.tokenizer.eos_token_id
+    asked = [render(messages, policy.tokenizer, chat) for messages in prompts.messages]
+    answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
+    return [
+        collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)
+        for i in range(0, len(prompts), rows)
+    ]
+
+
+def require_exact(prompts: Prompts, name: str = "prompts") -> None:
+    """Raise ValueError where a prompt is not verified by exact match, so that its expected reward needs sampling."""
+    other = [v for v in prompts.verifier if v != EXACT]
+    if other:
+        raise ValueError(
+            f"{name}: exact expected reward needs verifier {EXACT}; {len(other)} of {len(prompts)} prompt(s) have "
+            f"another: {other[0]}; give them unique answers and that verifier"
+        )
+
+
+def chances(policy: Policy, batches: Sequence[Batch]) -> Float[Tensor, " prompts"]:
+    """Return P(correct) of each prompt of ``answer_batches``, with its graph where gradients are on."""
+    return torch.cat([token_logps(policy.model, batch).sum(dim=1).exp() for batch in batches])
 
 
 def greedy_accuracy(
@@ -82,19 +106,6 @@ def greedy_accuracy(
         prompts, generate, score, policy.tokenizer, rollouts=1, sampling=sampling, seed=0, policy="", chat=chat
     )
     return float(np.mean([group.verdict[0] == "correct" for group in groups]))
-
-
-def _answered(policy: Policy, prompts: Prompts, chat: bool) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the tokens of each prompt, and of its answer with the end token."""
-    other = [v for v in prompts.verifier if v != EXACT]
-    if other:
-        raise ValueError(
-            f"exact expected reward needs verifier {EXACT}; {len(other)} prompt(s) have another: {other[0]}"
-        )
-    end = policy.tokenizer.eos_token_id
-    asked = [render(messages, policy.tokenizer, chat) for messages in prompts.messages]
-    answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
-    return asked, answers
 
 
 def interval(values: Sequence[float], *, level: float = 0.95) -> dict[str, float | int | None]:

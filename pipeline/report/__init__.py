@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.report import text, words
+from pipeline.report import agreement, text, words
 
 
 def render(facts: Mapping[str, Any]) -> str:
@@ -19,8 +19,8 @@ def render(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: ``name``, ``settings`` (TOML), ``summary`` (levels, curves and costs of every seed), and of the seed that
-            the pictures show: ``stages``, ``overlap``, ``beliefs``, ``diem``. Numbers that are not finite count as
-            missing.
+            the pictures show: ``stages``, ``overlap``, ``beliefs``, ``diem``, and ``validity`` or None. Numbers that
+            are not finite count as missing.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -42,5 +42,8 @@ def render(facts: Mapping[str, Any]) -> str:
         "label": text.label,
     }
     return environment.get_template("page.html.j2").render(
-        facts=cleaned, figures=figures.draw(cleaned), **words.describe(cleaned)
+        facts=cleaned,
+        figures=figures.draw(cleaned),
+        **words.describe(cleaned),
+        **agreement.describe(cleaned["validity"]),
     )

@@ -13,6 +13,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from pipeline.report import dots
 from pipeline.report.curves import curves
 from pipeline.report.svg import (
     BLUE,
@@ -53,6 +54,7 @@ def draw(facts: Facts) -> dict[str, list[Markup]]:
             "weights": [picture("weights", 62 + 26 * len(weights), partial(_weights, weights))] if weights else [],
             "reasons": [picture("reasons", 100 + 34 * len(stages), partial(_reasons, stages))],
             "abilities": _abilities(stages),
+            "validity": dots.pictures(facts["validity"]),
             "seconds": _seconds(facts["summary"]["runs"]),
         }
 

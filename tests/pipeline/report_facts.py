@@ -56,9 +56,33 @@ def shown(number, scored, rng):
     }
 
 
+def validity(rng):
+    """What was measured of scores and effects; the score of one draw has no order."""
+    scores = ("cropi", "cropi_sketch", "dot", "exact", "insight", "norm", "uniform", "variance", "of_another_kind")
+    nothing = {"rho": None, "low": None, "high": None, "n": 60}
+
+    def found():
+        rho = rng.uniform(-0.4, 0.9)
+        return {"rho": rho, "low": rho - 0.15, "high": rho + 0.1, "n": 60}
+
+    return {
+        "agreement": {
+            effect: {split: {s: nothing if s == "uniform" else found() for s in scores} for split in ("test", "validation")}
+            for effect in ("left_out", "other", "raw", "unit")
+        },
+        "held_out": {"test": 400, "validation": 96},
+        "reliability": {"cropi": {"halves": 0.25, "whole": 0.4}, "dot": {"halves": -0.1, "whole": None}},
+        "target_cosine": 0.804,
+        "dtype": {"dtype": "bfloat16", "mean": 0.9987, "least": 0.9971, "prompts": 8},
+        "prompts": {"asked": 128, "signal": 60, "signal_other": 51, "pool": 24},
+        "step": 180, "seed": 7, "rollouts": 8, "validation_rollouts": 32,
+    }  # fmt: skip
+
+
 def make(
-    *, seeds=(0, 1, 2), controls=("control", "random"), diem=True, exact=True, scored=True, stages=3, difference=None
-):
+    *, seeds=(0, 1, 2), controls=("control", "random"), diem=True, exact=True, scored=True, stages=3, difference=None,
+    valid=True,
+):  # fmt: skip
     """Facts of a run, as ``flows`` gathers them."""
     rng, metrics = random.Random(0), ["greedy_accuracy"] + ["expected_reward"] * exact
     levels = {"curriculum": 0.55} | {a: {"control": 0.53, "random": 0.54}[a] for a in controls}
@@ -96,6 +120,7 @@ def make(
             "before": {"label": "before", "mean": [0.5] * 40, "n_obs": [0] * 20 + [8] * 20},
             "after": {"label": "after", "mean": [rng.random() for _ in range(40)]},
         },
+        "validity": validity(rng) if valid else None,
         "diem": [{"stage": i, "weights": weights, **step} for i in range(1, stages)] * diem,
         "settings": 'name = "demo"\n',
     }  # fmt: skip

@@ -34,6 +34,7 @@ CASES = {
     "nothing scored": {"scored": False},
     "one stage": {"seeds": (0,), "stages": 1, "controls": ("control",)},
     "many stages": {"stages": 12},
+    "no validity": {"valid": False},
 }
 
 
@@ -125,6 +126,13 @@ def test_what_the_page_says_of_each_case():
     assert "Test greedy accuracy 0.550" in said["greedy only"]
     assert "No stage was scored" in said["nothing scored"]
     assert "nothing to compare" in said["one stage"]
+    assert "after 180 steps: 128 prompts with 8 rollouts each, of which 60 have a gradient; 24 of" in said["seeds"]
+    assert "cosine to the exact gradient of the expected reward is 0.80" in said["seeds"]
+    assert (
+        "CROPI cosine 0.40, dot product \u2013" in said["seeds"]
+        and "bfloat16 have a mean cosine of 0.9987" in said["seeds"]
+    )
+    assert "Not measured in this run: influent evaluate --validity" in said["no validity"]
 
 
 @pytest.mark.parametrize(

@@ -144,14 +144,14 @@ class Insight(Section):
 
 
 class Diem(Section):
-    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO.
+    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO, and the default: no gain over a run was shown.
 
     ``reference`` is what the step is aligned with: the validation gradient at the stage's start, the gradient of the
     expected validation reward at each checkpoint (where answers are unique), or the run's own batches. ``way`` is how
     alignment is measured; ``auto`` takes the most exact one that the size of the batch allows.
     """
 
-    strength: float = Field(0.25, ge=0, le=1)
+    strength: float = Field(0.0, ge=0, le=1)
     ridge: float = Field(0.1, ge=0)
     reference: Literal["validation", "expected_reward", "minibatch", "rollout_batch", "ema"] = "validation"
     way: Literal["auto", "exact", "bookkeeping", "scope"] = "auto"

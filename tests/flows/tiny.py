@@ -54,6 +54,9 @@ dim = 256
 [select]
 share = 0.34
 
+[diem]
+strength = 0.25
+
 [train]
 stages = [2, 2, 2]
 batch = 4

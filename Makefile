@@ -1,10 +1,11 @@
 # Each target sets up what it needs, once, in .venv; a second call finds it there.
-.PHONY: help demo test check bench smollm2 seeds
+.PHONY: help demo test check bench growth smollm2 seeds
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+PEERS := traker==0.3.2 dattri==0.3.0 opacus==1.6.0 bergson==2.5.1 simple-parsing==0.1.9 ml_dtypes==0.6.0 petname==2.9
 export DO_NOT_TRACK := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -34,8 +35,11 @@ check: $(VENV)/dev  ## format, lint, types, tests
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: $(VENV)/dev  ## time the gradient path and the stores as ratios to their floors
+bench: $(VENV)/bench  ## time everything against its floor and against peers; table, and runs/benchmarks.json; about half an hour
 	@$(BIN)/python -m tests.benchmarks
+
+growth: $(VENV)/bench  ## how time grows with prompts and coordinates; runs/growth.json; about an hour
+	@$(BIN)/python -m tests.benchmarks growth --out runs/growth.json
 
 $(VENV)/base: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): a few minutes, once" >&2
@@ -48,4 +52,10 @@ $(VENV)/base: pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/base
 	@echo "adding what the tests need" >&2
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Without their dependencies: those of bergson and dattri pull another torch, and CUDA builds that break transformers.
+$(VENV)/bench: $(VENV)/dev
+	@echo "adding the peers that the benchmarks compare with" >&2
+	@$(PIP) --no-deps $(PEERS)
 	@touch $@

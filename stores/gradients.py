@@ -123,10 +123,8 @@ class Gradients:
         return uids, cosines
 
     def _open(self, key: str) -> tuple[list[str], Floats, faiss.IndexIDMap2]:
-        artifact = self._store.expect(key, KIND)
-        table = decode(self._store.file(key, KIND, ROWS))
-        path = self._store.file(key, KIND, INDEX)
-        index = _read_index(path, artifact.files[INDEX].size)
+        artifact, (rows, path) = self._store.files(key, KIND, ROWS, INDEX)
+        table, index = decode(rows), _read_index(path, artifact.files[INDEX].size)
         uids = table["uid"].to_pylist()
         stored = faiss.vector_to_array(index.id_map)
         shape = (artifact.meta["rows"], artifact.meta["dim"])

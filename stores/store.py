@@ -164,13 +164,19 @@ class Store:
             Damaged: the object is not what was stored.
             ValueError: the key names another kind.
         """
-        artifact = self.expect(key, kind)
-        if name not in artifact.files:
-            raise Missing(f"{kind} {key} has no file {name!r}; it has {sorted(artifact.files)}")
-        try:
-            return self.objects.path(artifact.files[name])
-        except Damaged as error:
-            raise Damaged(f"{kind} {key}, file {name!r}: {error}") from error
+        return self.files(key, kind, name)[1][0]
+
+    def files(self, key: str, kind: str, *names: str) -> tuple[Artifact, list[Path]]:
+        """An artifact and the verified paths of some of its files, by one look-up; errors as for `file`."""
+        artifact, paths = self.expect(key, kind), []
+        for name in names:
+            if name not in artifact.files:
+                raise Missing(f"{kind} {key} has no file {name!r}; it has {sorted(artifact.files)}")
+            try:
+                paths.append(self.objects.path(artifact.files[name]))
+            except Damaged as error:
+                raise Damaged(f"{kind} {key}, file {name!r}: {error}") from error
+        return artifact, paths
 
     def expect(self, key: str, kind: str) -> Artifact:
         """The artifact of a key that must be of a kind; errors as for `file`."""

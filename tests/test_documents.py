@@ -122,3 +122,9 @@ def test_texts_stand_on_their_own(path: Path):
         pytest.skip("not a text")
     found = re.findall(r"(?:\b(?:issue|ticket|session)s?\b|/work/|/root/|/home/\w+).*", text, re.IGNORECASE)
     assert found == []
+
+
+def test_the_peers_of_the_benchmarks_are_pinned_once():
+    """What the Makefile installs to compare with is the extra ``bench``."""
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["bench"]
+    assert re.search(r"^PEERS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split() == extra

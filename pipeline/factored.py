@@ -29,7 +29,8 @@ from pipeline.projection import hashed
 from pipeline.records import keyed_seed
 
 REVISION = 1
-NARROW = 1 << 15  # entries up to which a sketch's matrix is kept and multiplied by: the calls cost more than the flops
+NARROW = 1 << 15  # entries of a sketch's matrix up to which it is kept and multiplied by: calls cost more than flops
+SHORT = 64  # the same for blocks up to this length, however many
 
 
 class FactoredProjection:
@@ -100,7 +101,7 @@ class FactoredProjection:
     def fold(self, name: str, side: str, x: Float[Tensor, "rows tokens size"]) -> Float[Tensor, "rows tokens p"]:
         """Return the CountSketch of the last axis: blocks of p coordinates, rolled and added.
 
-        A narrow layer is multiplied by the sketch's matrix instead, which is the same map in one call.
+        Where blocks are short or few, the sketch's matrix is multiplied by instead: the same map in one call.
         """
         size, p = x.shape[-1], self.side
         rolls, signs, matrix = self._side(name, side, size, x.device)
@@ -127,7 +128,7 @@ class FactoredProjection:
             rolled = [int(r % np.uint64(self.side)) for r in rolls]
             sign = torch.from_numpy(signs.astype(np.float32) * 2 - 1)
             matrix = None
-            if size * self.side <= NARROW:
+            if self.side <= SHORT or size * self.side <= NARROW:
                 i = torch.arange(size)
                 matrix = torch.zeros(size, self.side)
                 matrix[i, (i + torch.tensor(rolled)[i // self.side]) % self.side] = sign

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -83,9 +84,9 @@ def test_a_selection_says_how_stale_its_evidence_was(renewed: tuple[Config, Path
     assert all(r["ess"] is None and r["log_ratio_p99"] is None for r in rows if r["score_influence"] is None)
 
 
-def test_evidence_is_the_latest_of_every_policy(finished: Finished, settle: Settle):
+def test_evidence_is_the_latest_of_every_policy(finished: Finished, settle: Settle, tmp_path: Path):
     """A prompt's evidence pools rollouts of several policies, oldest first, each with its own log-probabilities."""
-    folder, _ = finished
+    folder = copytree(finished[0], tmp_path / "copy")  # opening it under other settings writes them down
     store = open_store(folder / "store")
     keys = [store.meta(k)["rollouts_key"] for k in store.catalog.keys("policy") if "rollouts_key" in store.meta(k)]
     columns = store.trajectories.read(keys, ["prompt_uid", "policy", "logp_old"])
@@ -103,9 +104,9 @@ def test_evidence_is_the_latest_of_every_policy(finished: Finished, settle: Sett
     assert mixed > 0
 
 
-def test_the_cascade_says_what_it_saves(finished: Finished, settle: Settle):
+def test_the_cascade_says_what_it_saves(finished: Finished, settle: Settle, tmp_path: Path):
     """Prompts and stored tokens are each left out for one reason or left in, and a smaller share leaves out more."""
-    folder, summary = finished
+    folder, summary = copytree(finished[0], tmp_path / "copy"), finished[1]
     stages = summary["runs"][0]["arms"]["curriculum"]["stages"]
     assert stages[0]["cascade"] == {}  # a shuffle filters nothing
     store = open_store(folder / "store")

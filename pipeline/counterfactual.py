@@ -53,21 +53,6 @@ def policy_gradient(policy: Policy, rollouts: Rollouts, objective: str, *, micro
     return total
 
 
-def reward_gradient(policy: Policy, held_out: Prompts, *, chat: bool = False) -> Gradient:
-    """Return grad J, the gradient of the mean of P(correct): what every policy gradient here is an estimate toward.
-
-    Raises:
-        ValueError: a prompt is not verified by exact match.
-    """
-    names = policy.trainable()
-    total: Gradient = {}
-    for batch in answer_batches(policy, held_out, chat=chat):
-        loss = chances(policy, [batch]).sum() / len(held_out)
-        for name, grad in zip(names, torch.autograd.grad(loss, list(names.values())), strict=True):
-            total[name] = total[name] + grad.float() if name in total else grad.float()
-    return total
-
-
 def inner(a: Gradient, b: Gradient) -> float:
     """Return <a, b>, summed in float64."""
     return sum(float(a[name].double().flatten() @ b[name].double().flatten()) for name in a)

@@ -57,7 +57,7 @@ def target_direction(
     groups = len(rollouts.groups())
     if size < max(1, groups):
         raise ValueError(f"size = {size}: rollouts hold {groups} prompts; give the size of the whole validation set")
-    exact = _in_float32(policy)
+    exact = in_float32(policy)
     parameters = exact.trainable()
     before = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
@@ -86,7 +86,7 @@ def dot_scores(
         ValueError: the direction does not fit the trainable parameters, is not finite, or is zero.
         FloatingPointError: a log-probability or coefficient is not finite; the message names the prompt.
     """
-    exact = _in_float32(policy)
+    exact = in_float32(policy)
     v = _checked(exact, direction)
     groups = rollouts.groups()
     if not groups:
@@ -156,7 +156,8 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
     yield batch
 
 
-def _in_float32(policy: Policy) -> Policy:
+def in_float32(policy: Policy) -> Policy:
+    """Return the policy itself where it is float32, else a copy with the same weights, held in float32."""
     if all(p.dtype == torch.float32 for p in policy.model.parameters()):
         return policy
     return Policy(copy.deepcopy(policy.model).float(), policy.tokenizer)

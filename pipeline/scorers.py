@@ -5,8 +5,8 @@ r"""The table of scorers that are held against measured effects, and what they m
     exact  = <g_i, grad J> / |g_i|             J = expected validation reward, from the answers
     insight = w(m) I,  variance = p (1 - p),  norm = |g_i|,  uniform = a hash of (seed, prompt_uid)
 
-``cropi_sketch`` is ``cropi`` as a run computes it, through its projection. ``exact`` knows the answers: it is no
-method, but the limit that a v without error would reach.
+``cropi_sketch`` is ``cropi`` as a run computes it, through its projection; ``directional`` is ``dot`` from forward
+passes alone. ``exact`` knows the answers: it is no method, but the limit that a v without error would reach.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from pipeline.counterfactual import Gradient, alignments, policy_gradient
+from pipeline.counterfactual import Gradient, alignments
+from pipeline.directional import dot_scores
 from pipeline.influence import cosine, mean_gradient
 from pipeline.policy import Policy
 from pipeline.records import Rollouts
@@ -59,6 +60,7 @@ class Known:
         dot: <g_i, v>.
         norm: |g_i|.
         sketched: cosine of g_i and v through the run's projection.
+        directional: <g_i, v> from forward passes (``pipeline.directional``).
         exact: <g_i, grad J> with J the mean expected reward of the validation sets.
         successes: rollouts that were right.
         rollouts: rollouts a prompt.
@@ -69,6 +71,7 @@ class Known:
     dot: Float[np.ndarray, " prompts"]
     norm: Float[np.ndarray, " prompts"]
     sketched: Float[np.ndarray, " prompts"]
+    directional: Float[np.ndarray, " prompts"]
     exact: Float[np.ndarray, " prompts"]
     successes: Float[np.ndarray, " prompts"]
     rollouts: Float[np.ndarray, " prompts"]
@@ -90,7 +93,7 @@ SCORERS: dict[str, Callable[[Known], Float[np.ndarray, " prompts"]]] = {
     "cropi": lambda known: known.dot / known.norm,  # |v| is common to all
     "cropi_sketch": lambda known: known.sketched,
     "dot": lambda known: known.dot,
-    # another estimate of <g_i, v> (by differences of log-probabilities, say) takes its line here and its column above
+    "directional": lambda known: known.directional,
     "insight": _insight,
     "variance": _variance,
     "norm": lambda known: known.norm,
@@ -98,18 +101,6 @@ SCORERS: dict[str, Callable[[Known], Float[np.ndarray, " prompts"]]] = {
     "exact": lambda known: known.exact / known.norm,
 }
 """Scores by name; higher should mean a larger effect."""
-
-
-def target_gradient(policy: Policy, goals: Rollouts, size: int, *, objective: str, micro_tokens: int) -> Gradient:
-    """Return v, the mean policy gradient of ``size`` validation prompts, of which ``goals`` holds those with signal.
-
-    Raises:
-        ValueError: no validation prompt has signal, so that there is no direction to align with.
-    """
-    if not len(goals):
-        raise ValueError("validation_rollouts: the rewards of every prompt agree; there is no gradient to align with")
-    total = policy_gradient(policy, goals, objective, micro_tokens=micro_tokens)
-    return {name: grad / size for name, grad in total.items()}
 
 
 def know(
@@ -142,6 +133,7 @@ def know(
         dot=aligned["dot"],
         norm=aligned["norm"],
         sketched=cosine(rows, v[None])[:, 0].astype(float),
+        directional=dot_scores(policy, own, settings.objective, target)[1],
         exact=aligned["exact"],
         successes=np.array([sum(own.verdict[i] == "correct" for i in rows) for rows in groups.values()], float),
         rollouts=np.array([len(rows) for rows in groups.values()], float),

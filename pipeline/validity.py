@@ -11,12 +11,10 @@ left out of rho, which they could only flatter.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.advantages import has_signal
 from pipeline.agreement import rank_agreement, reliability
@@ -26,12 +24,13 @@ from pipeline.counterfactual import (
     inner,
     leave_one_out,
     policy_gradient,
-    reward_gradient,
     step_effects,
 )
+from pipeline.directional import in_float32, target_direction
+from pipeline.evaluation import expected_reward_gradient
 from pipeline.policy import Policy
 from pipeline.records import Prompts, Rollouts
-from pipeline.scorers import SCORERS, Settings, know, target_gradient
+from pipeline.scorers import SCORERS, Settings, know
 
 REVISION = 1
 EFFECTS = ("unit", "raw", "other", "left_out")
@@ -74,8 +73,10 @@ def compare(
     if len(uids) < 2:
         raise ValueError(f"{len(uids)} of {asked} prompts have rewards that differ; ask for more prompts (--prompts)")
     goals, size = with_signal(validation_rollouts), len(held_out["validation"])
-    target = target_gradient(policy, goals, size, **options)
-    truth = reward_gradient(precise, held_out["validation"], chat=settings.chat)
+    if not len(goals):
+        raise ValueError("validation_rollouts: the rewards of every prompt agree; there is no gradient to align with")
+    target = target_direction(policy, goals, size=size, **options)
+    truth = expected_reward_gradient(precise, held_out["validation"], chat=settings.chat)
     known = know(policy, own, goals, size, target, truth, settings)
     scores = {name: score(known) for name, score in SCORERS.items()}
 
@@ -155,13 +156,6 @@ def dtype_noise(
         cosines.append(inner(a, b) / scale if scale > 0 else 0.0)
     dtype = str(policy.model.dtype).removeprefix("torch.")
     return {"dtype": dtype, "prompts": len(cosines), "mean": float(np.mean(cosines)), "least": min(cosines)}
-
-
-def in_float32(policy: Policy) -> Policy:
-    """Return the policy itself where it is float32, else a copy with the same weights, held in float32."""
-    if policy.model.dtype == torch.float32:
-        return policy
-    return Policy(copy.deepcopy(policy.model).float(), policy.tokenizer)
 
 
 def with_signal(rollouts: Rollouts) -> Rollouts:

@@ -10,8 +10,9 @@ from pipeline.report.text import MISSING, count, number, signed
 Facts = Mapping[str, Any]
 
 SCORES = {
-    "cropi": "CROPI cosine", "cropi_sketch": "the same, projected", "dot": "dot product", "insight": "InSight (WMI)",
-    "variance": "p (1 - p)", "norm": "gradient norm", "uniform": "random", "exact": "exact target (limit)",
+    "cropi": "CROPI cosine", "cropi_sketch": "the same, projected", "dot": "dot product",
+    "directional": "directional dot", "insight": "InSight (WMI)", "variance": "p (1 - p)", "norm": "gradient norm",
+    "uniform": "random", "exact": "exact target (limit)",
 }  # fmt: skip
 EFFECTS = {
     "unit": "small step of fixed length", "raw": "small step along the gradient",

@@ -8,11 +8,12 @@ import torch
 from scipy.stats import spearmanr
 
 from pipeline import counterfactual
+from pipeline.directional import in_float32
 from pipeline.features import projection_for, sketch_gradients
 from pipeline.policy import Policy
 from pipeline.records import Rollouts
 from pipeline.scorers import SCORERS, Settings
-from pipeline.validity import compare, dtype_noise, in_float32, of_prompts, split_half, with_signal, work
+from pipeline.validity import compare, dtype_noise, of_prompts, split_half, with_signal, work
 from tests.oracles import gradients_by_loop
 
 OBJECTIVE = "grpo_sequence"
@@ -49,6 +50,8 @@ def test_scores_are_those_of_the_loop(llama, setting):
     assert uids == [f"prompt-{i}" for i in range(9) if i != 2]
     assert columns["score_norm"] == pytest.approx([float(gradients[u].norm()) for u in uids], rel=1e-4)
     assert columns["score_dot"] == pytest.approx([float(gradients[u] @ target) for u in uids], rel=1e-3, abs=1e-3)
+    spread = float(np.std(columns["score_dot"]))
+    assert columns["score_directional"] == pytest.approx(columns["score_dot"], abs=0.05 * spread)
     by_hand = [float(gradients[u] @ target / gradients[u].norm()) for u in uids]
     assert columns["score_cropi"] == pytest.approx(by_hand, rel=1e-3, abs=1e-4)
     length = float(target.norm())

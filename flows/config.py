@@ -144,7 +144,7 @@ class Insight(Section):
 
 
 class Diem(Section):
-    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO, and the default: no gain over a run was shown.
+    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO; 0.25 gains where labels are wrong, at some cost.
 
     ``reference`` is what the step is aligned with: the validation gradient at the stage's start, the gradient of the
     expected validation reward at each checkpoint (where answers are unique), or the run's own batches. ``way`` is how

@@ -144,7 +144,7 @@ class Insight(Section):
 
 
 class Diem(Section):
-    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO; 0.25 gains where labels are wrong, at some cost.
+    """``[diem]``: how a step is weighted; ``strength`` 0 is plain GRPO, 0.25 gains where labels are wrong, at a cost.
 
     ``reference`` is what the step is aligned with: the validation gradient at the stage's start, the gradient of the
     expected validation reward at each checkpoint (where answers are unique), or the run's own batches. ``way`` is how

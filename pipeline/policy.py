@@ -173,6 +173,10 @@ def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None,
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
+        if not (adapter / "adapter_config.json").is_file():
+            raise ValueError(
+                f"adapter = {str(adapter)!r} holds no adapter_config.json; give the folder of a saved adapter"
+            )
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     assert lora is not None
     torch.manual_seed(seed)  # peft draws A from the global generator
@@ -183,7 +187,13 @@ def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None,
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # peft's own error for targets that match no layer
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        raise ValueError(
+            f"lora.targets = {lora['targets']!r} names no layer of this model; its linear layers are {sorted(linear)}"
+        ) from error
 
 
 def convert_gguf(file: Path, folder: Path) -> None:

@@ -118,3 +118,12 @@ def test_a_bfloat16_policy_gives_float32_logps(llama, tmp_path):
     assert next(policy.model.parameters()).dtype == torch.bfloat16
     assert rough.dtype == torch.float32
     assert float((rough - exact).abs().max()) < 0.1
+
+
+def test_an_adapter_or_a_target_that_is_not_there_is_named(llama, tmp_path):
+    """A folder without an adapter, and targets that no layer has, are refused with what would do."""
+    save_policy(llama, tmp_path / "base")
+    with pytest.raises(ValueError, match=r"adapter = '.*nowhere' holds no adapter_config"):
+        load_policy(tmp_path / "base", adapter=tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"lora\.targets = \['query'\] names no layer.*'q_proj'"):
+        load_policy(tmp_path / "base", lora={"rank": 2, "alpha": 4, "targets": ["query"]})

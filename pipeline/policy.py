@@ -79,6 +79,7 @@ def load_policy(
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder with a config nor a name the hub cache knows.
+        ValueError: there is no adapter in its folder, or LoRA's targets name no layer.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -90,7 +90,7 @@ def grpo_sequence(
     """Return c with clipped, self-normalised sequence importance weights."""
     w = relative_weights(_log_ratio(logp_new, logp_old, mask).sum(1), owner, clip=CLIP)
     a = weighted_group_advantages(rewards, w, owner)
-    return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
+    return _per_sequence(w, a, mask, owner)
 
 
 def grpo_optimal_baseline(
@@ -105,7 +105,7 @@ def grpo_optimal_baseline(
     surprise = np.where(mask, 1.0 - np.exp(np.where(mask, logp_new, 0.0)), 0.0)
     m = np.maximum((surprise**2).sum(1) / _lengths(mask) ** 2, 1e-12)  # where all is certain, the group's mean
     a = weighted_group_advantages(rewards, w, owner, baseline_weights=w * m)
-    return (w * a / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
+    return _per_sequence(w, a, mask, owner)
 
 
 def grpo_clipped(
@@ -157,6 +157,10 @@ def _per_token(
 ) -> np.ndarray:
     scale = advantages / (_group_sum(np.ones(len(owner)), owner) * _lengths(mask))
     return _ratio(logp_new, logp_old, mask) * scale[:, None]
+
+
+def _per_sequence(w: np.ndarray, advantages: np.ndarray, mask: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    return (w * advantages / (_group_sum(w, owner) * _lengths(mask)))[:, None] * mask
 
 
 def _log_ratio(logp_new: np.ndarray, logp_old: np.ndarray, mask: np.ndarray) -> np.ndarray:

@@ -46,7 +46,7 @@ def measure(desk: Desk, prompts: int) -> dict[str, Any]:
     desk.reporter.heading(f"validity at step {step}, seed {config.seed}")
     drawn = uniform.score(pool, seed=desk.seed("validity"))
     uids = [pool[i] for i in drawn.argsort(kind="stable")[:prompts]]
-    validation = [split for split in splits if split != "test"]
+    validation = desk.validation(data)
     count, aim = config.evidence.rollouts, config.evidence.validation_rollouts
     own, other = (
         do("collect", policy, data, "pool", rollouts=count, seed=desk.seed("validity", draw), uids=uids)

@@ -21,6 +21,14 @@ SINGLE = {
     "evaluate": ("evaluate", "train a stage, and evaluate its checkpoints"),
 }
 """Commands that run the loop up to one step of one stage, plainly; what is done already is not done again."""
+STORED = {
+    "status": "say what a run directory holds",
+    "verify": "read every stored file and compare it with its checksum",
+    "gc": "delete files that nothing refers to and that are older than the grace period",
+    "merge": "copy what another run directory's store has and this one lacks",
+    "lineage": "say what a stored thing was made from, with which settings and code",
+}
+"""Commands on the store of a run directory."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,12 +72,15 @@ def parser() -> argparse.ArgumentParser:
         ("import", "check rollouts made elsewhere against the pool, and store those that match"),
     ):
         with_run(add(name, text))
-    for name, text in (
-        ("status", "say what a run directory holds"),
-        ("verify", "read every stored file and compare it with its checksum"),
-        ("gc", "delete files that nothing refers to and that are older than a day"),
-    ):
-        add(name, text).add_argument("dir", type=Path, help="run directory")
+    stored = {}
+    for name, text in STORED.items():
+        stored[name] = add(name, text)
+        stored[name].add_argument("dir", type=Path, help="run directory")
+    stored["gc"].add_argument(
+        "--grace", type=float, default=24.0, metavar="HOURS", help="keep what is younger; longer than a step; 24"
+    )
+    stored["merge"].add_argument("other", type=Path, help="the run directory that is read")
+    stored["lineage"].add_argument("key", help="a key, such as manifest.json and summary.json name them")
     add("recipes", "list the recipes that come with the package")
     return main
 

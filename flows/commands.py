@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
-from flows.cli import SINGLE
+from flows.cli import SINGLE, STORED
 from flows.config import Config, load_config, recipes
 from flows.progress import Reporter
 from stores.errors import StoreError
@@ -20,8 +21,8 @@ def dispatch(arguments: argparse.Namespace) -> Result:
     """Run the command and return (result to print, exit code)."""
     if arguments.command == "recipes":
         return {"recipes": recipes()}, 0
-    if arguments.command in ("status", "verify", "gc"):
-        return {"status": _status, "verify": _verify, "gc": _gc}[arguments.command](_store(arguments.dir))
+    if arguments.command in STORED:
+        return _stored(arguments)
     reporter = Reporter(quiet=arguments.json)
     config = load_config(arguments.config)
     if arguments.seed is not None:
@@ -125,27 +126,59 @@ def _import(config: Config, folder: Path, reporter: Reporter) -> Result:
         return {"keys": keys, "rollouts": count_rollouts(desk, keys)}, 0
 
 
+def _stored(arguments: argparse.Namespace) -> Result:
+    store = _store(arguments.dir)
+    if arguments.command == "gc":
+        return _gc(store, arguments.grace)
+    if arguments.command == "merge":
+        return _merge(store, arguments.other)
+    if arguments.command == "lineage":
+        return _lineage(store, arguments.key)
+    return {"status": _status, "verify": _verify}[arguments.command](store)
+
+
 def _store(folder: Path) -> Any:
     from stores import open_store
 
     if not (folder / "store").is_dir():
         raise FileNotFoundError(f"dir {str(folder)!r} holds no store: give the directory of a run, such as runs/demo")
     config = load_config(folder / "config.toml")
-    return open_store(folder / "store", config.catalog or None)
+    return open_store(folder / "store", config.catalog or None, config.objects or None)
 
 
 def _status(store: Any) -> Result:
     kinds: dict[str, int] = {}
     for key in store.catalog.keys():  # noqa: SIM118  a method of the catalog, not of a dict
         kinds[key.rsplit("-", 1)[0]] = kinds.get(key.rsplit("-", 1)[0], 0) + 1
-    return {"store": str(store.root), **kinds}, 0
+    return {"store": str(store.root), "catalog": store.catalog.name, "objects": store.objects.name, **kinds}, 0
 
 
 def _verify(store: Any) -> Result:
-    checked = [(key, name, wrong) for key, name, _, wrong in store.verify()]
-    bad = [f"{key}/{name}: {wrong}" for key, name, wrong in checked if wrong]
-    return {"files": len(checked), "damaged": bad}, 3 if bad else 0
+    from stores.verification import verify
+
+    began = time.monotonic()
+    verdicts = list(verify(store))
+    bad = [f"{v.key}/{v.name}: {v.wrong}" if v.file else v.wrong for v in verdicts if v.wrong]
+    seconds, read = time.monotonic() - began, sum(v.read for v in verdicts) / 2**20
+    facts = {"files": len(verdicts), "MiB": round(read, 1), "seconds": round(seconds, 2)}
+    return facts | {"MiB_per_second": round(read / seconds, 1), "damaged": bad}, 3 if bad else 0
 
 
-def _gc(store: Any) -> Result:
-    return {"deleted": store.collect()}, 0
+def _gc(store: Any, hours: float) -> Result:
+    from stores.collector import collect
+
+    found = collect(store, hours * 3600)
+    return {"objects": found.objects, "temporaries": found.temporaries}, 0
+
+
+def _merge(store: Any, other: Path) -> Result:
+    from stores.merge import merge
+
+    found = merge(store, _store(other))
+    return {"copied": found.copied, "present": found.present}, 0
+
+
+def _lineage(store: Any, key: str) -> Result:
+    from stores.lineage import lineage
+
+    return lineage(store, key), 0

@@ -11,8 +11,10 @@ import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
@@ -188,6 +190,7 @@ class Config(Section):
     seed: int = 0
     controls: bool = True  # train the random control, and the random run of equal total rollouts, beside the curriculum
     catalog: str = ""  # database URL; empty: SQLite in the run's store
+    objects: str = ""  # bucket URL, such as s3://bucket/influent; empty: files in the run's store
     policy: Policy
     prompts: Prompts
     sampling: Sampling = Sampling()
@@ -200,6 +203,14 @@ class Config(Section):
     diem: Diem = Diem()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+    @field_validator("catalog", "objects")
+    @classmethod
+    def _without_secrets(cls, url: str) -> str:
+        if urlsplit(url).password is not None:
+            message = "the URL has a password, and settings are kept and shown: use PGPASSWORD or ~/.pgpass instead"
+            raise PydanticCustomError("secret", message)
+        return url
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
@@ -287,7 +298,7 @@ def _beside(folder: Path, settings: Any) -> Any:
 def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+        value = "" if problem["type"] in ("missing", "secret") else f" (got {problem['input']!r})"
         return f"{where or 'settings'}: {problem['msg']}{value}"
     known = list(_section(problem["loc"][:-1]).model_fields)
     near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)

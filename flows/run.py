@@ -12,6 +12,7 @@ from flows.config import Config, to_toml
 from flows.curriculum import Do, run_seed
 from flows.desk import Desk
 from flows.progress import Reporter
+from flows.provenance import code_version
 
 Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
@@ -32,9 +33,16 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)
-    (folder / "config.toml").write_text(to_toml(config))
-    store = open_store(folder / "store", config.catalog or None)
-    with VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers:
+    settings = to_toml(config)
+    (folder / "config.toml").write_text(settings)
+    store = open_store(folder / "store", config.catalog or None, config.objects or None)
+    with (
+        store.hold(f"run {config.name}"),
+        VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers,
+    ):
+        key = store.key("settings", toml=settings)
+        store.origin = {"code": code_version(), "settings": key}
+        store.record(key, "settings", {}, {"config.toml": settings.encode()})
         yield Desk(config, folder, store, verifiers, reporter)
 
 

@@ -199,7 +199,16 @@ def _manifest(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:
             {"stage": s.number, "selection": s.selection, "scores": s.scores, "rollouts": {"select": s.rollouts_select}}
             for s in arm.stages
         ],
+        "lineage": _lineage(desk, [s.selection for s in arm.stages]),
     }
+
+
+def _lineage(desk: Desk, selections: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what the selections were made from, by key: its kind, its own inputs, and the code and settings."""
+    from stores.lineage import lineage
+
+    found = {key: facts for selection in selections for key, facts in lineage(desk.store, selection).items()}
+    return {key: {name: facts[name] for name in ("kind", "inputs", "origin")} for key, facts in found.items()}
 
 
 def _card(desk: Desk, arm: Arm) -> str:

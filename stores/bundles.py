@@ -17,9 +17,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from stores import objects
+from stores import disk
 from stores.canonical import canonical
-from stores.objects import remedied, write_file
+from stores.disk import remedied, write_file
 from stores.parquet import Columns, encode, to_table
 from stores.rollout_files import read_rollouts
 
@@ -145,13 +145,13 @@ def _write_all(folder: Path, tables: Mapping[str, pa.Table], card: str, manifest
     _write(folder / "manifest.json", f"{text}\n".encode())
     with remedied(folder):
         for inside, _, _ in os.walk(folder):
-            objects.sync_folder(Path(inside))
+            disk.sync_folder(Path(inside))
 
 
 def _write(path: Path, data: bytes) -> None:
     with remedied(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, [data], mode=0o644)
+    write_file(path, data, mode=0o644)
 
 
 def _replace(folder: Path, temporary: Path) -> None:
@@ -161,15 +161,15 @@ def _replace(folder: Path, temporary: Path) -> None:
     """
     old = temporary.with_name(f"{temporary.name}.old")
     if folder.exists():
-        objects.rename(folder, old)
+        disk.rename(folder, old)
     try:
-        objects.rename(temporary, folder)
+        disk.rename(temporary, folder)
     except OSError:
         if old.exists():
             with suppress(OSError):
-                objects.rename(old, folder)
+                disk.rename(old, folder)
         raise
     try:
-        objects.sync_folder(folder.parent)
+        disk.sync_folder(folder.parent)
     finally:
         shutil.rmtree(old, ignore_errors=True)

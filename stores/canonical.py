@@ -23,8 +23,10 @@ def canonical(value: Any, name: str = "value") -> str:
 
 
 def _plain(value: Any, name: str) -> Any:
-    if value is None or type(value) in (bool, int, str):
+    if value is None or type(value) in (bool, int):
         return value
+    if isinstance(value, str):
+        return str(value)
     if type(value) is float and math.isfinite(value):
         return value
     if isinstance(value, list | tuple):
@@ -38,6 +40,6 @@ def _plain(value: Any, name: str) -> Any:
 
 
 def _text(key: Any, name: str) -> str:
-    if type(key) is not str:
+    if not isinstance(key, str):
         raise ValueError(f"{name} has the key {key!r}, which is not a string; JSON keys are strings")
-    return key
+    return str(key)

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from stores import objects
+from stores import disk
+from stores.disk import remedied
 from stores.entries import Artifact
-from stores.objects import remedied
 from stores.store import Store
 
 KIND = "policy"
@@ -72,8 +72,8 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             with remedied(target):
                 if target.exists():  # incomplete or changed: out of the way, for the collector
-                    objects.rename(target, self._store.objects.temporary())
-                objects.rename(temporary, target)
+                    disk.rename(target, self._store.objects.temporary())
+                disk.rename(temporary, target)
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             if not self._is_complete(target, artifact):  # else another process was faster

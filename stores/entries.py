@@ -1,8 +1,8 @@
 """What an entry of the catalog is, and which entries it accepts."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,14 +15,62 @@ Count = tuple[str, int, int]
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 
 
+class Key(str):
+    """The key of an artifact, with the identity that it is the digest of; elsewhere it is a plain string.
+
+    Args:
+        text: The key.
+        identity: JSON-able values by name.
+    """
+
+    __slots__ = ("identity",)
+    identity: Mapping[str, Any]
+
+    def __new__(cls, text: str, identity: Mapping[str, Any]) -> "Key":
+        """Make a string that knows what it was made from."""
+        key = super().__new__(cls, text)
+        key.identity = identity
+        return key
+
+
 @dataclass(frozen=True)
 class Artifact:
-    """What a step made: its key, its kind, JSON-able facts about it, and its files by name."""
+    """What a step made: its key, its kind, JSON-able facts about it, and its files by name.
+
+    Attributes:
+        identity: All that the key is the digest of, long entries by their SHA-256; None where it is not known.
+        inputs: The keys of other artifacts among it; the catalog finds them.
+        origin: Code version and settings of the process that committed it first.
+        created_at: When it was committed: ISO 8601, UTC.
+    """
 
     key: str
     kind: str
     meta: dict[str, Any]
     files: dict[str, File]
+    identity: Mapping[str, Any] | None = field(default=None, compare=False)
+    inputs: tuple[str, ...] = field(default=(), compare=False)
+    origin: Mapping[str, str] = field(default_factory=dict, compare=False)
+    created_at: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to commit under a name, until somebody else takes it.
+
+    Attributes:
+        name: What is leased.
+        owner: Who holds it: `host:pid:start`.
+        fence: One more at each change of owner: a commit with an older one is refused.
+        acquired_at: Seconds since 1970.
+        expires_at: Seconds since 1970; from then on others may take it.
+    """
+
+    name: str
+    owner: str
+    fence: int
+    acquired_at: float
+    expires_at: float
 
 
 def check_names(key: str, files: Iterable[str]) -> None:

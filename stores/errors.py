@@ -19,3 +19,7 @@ class Missing(StoreError, KeyError):
 
 class Conflict(StoreError):
     """A key is taken by different content."""
+
+
+class Fenced(StoreError):
+    """A lease is held by somebody else, or was taken over: nothing is committed."""

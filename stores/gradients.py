@@ -3,37 +3,30 @@
 A row is kept as a unit vector in half precision with its norm beside it, and its id is the first 63 bits of the
 SHA-256 of the prompt_uid. Cosines to a few targets are wanted for every row, so every row is scored: an exhaustive
 scan is exact up to the rounding to half precision (about 3e-5 of a cosine at 1,024 dims), and needs no training.
-FAISS files carry no checksum and a damaged header can hang their reader: a file is opened only after its size and
-SHA-256 have been checked, with a limit on what the reader may allocate, and is mapped rather than copied.
+Nothing is changed in place: rows are taken out by a tombstone beside them, and compaction writes another shard.
 """
 
 import hashlib
-import threading
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from stores import index as indexes
 from stores.errors import Damaged
+from stores.index import SHIFT, Floats, Index
 from stores.parquet import decode, encode, to_table
 from stores.store import Store
 
-Floats = NDArray[np.float32]
-
 KIND = "gradients"
+TOMBSTONE = "tombstones"
 INDEX = "index.faiss"
 ROWS = "rows.parquet"
 NAMES = ("policy", "projection", "objective")
 """What names a generation: rows that differ in any of these cannot be compared."""
 _TYPES = {"uid": pa.string(), "id": pa.int64(), "norm": pa.float32()}
-_BLOCK = 64  # rows encoded or decoded at a time: at 8,192 dims they stay in the processor's cache
-_SHIFT = 2.0**112  # what moving a number's bits from half to single precision divides it by: the exponents' offsets
-_BITS = np.int32(-0x70002000)  # sign, exponent and mantissa of a half-precision number, where single precision has them
-_READING = threading.Lock()  # the reader's limit belongs to the process
 
 
 class Gradients:
@@ -65,37 +58,92 @@ class Gradients:
         _check_shape(uids, features)
         ids, norms = row_ids(uids), _norms(uids, features)
         rows, dim = features.shape
-        index = _empty_index(dim)
-        for start in range(0, rows, _BLOCK):
-            block = slice(start, start + _BLOCK)
+        index = indexes.empty(dim)
+        for start in range(0, rows, indexes.BLOCK):
+            block = slice(start, start + indexes.BLOCK)
             unit = features[block].astype(np.float64) / norms[block, None]
             index.add_with_ids(unit.astype(np.float32), ids[block])
-        table = to_table({"uid": uids, "id": ids, "norm": norms.astype(np.float32)}, _TYPES)
-        files: dict[str, bytes | Path] = {INDEX: faiss.serialize_index(index).tobytes(), ROWS: encode(table)}
-        return self._store.record(key, KIND, meta | {"rows": rows, "dim": dim}, files)
+        return self._record(key, index, uids, norms.astype(np.float32), meta)
 
-    def read(self, key: str) -> tuple[list[str], Floats, Floats]:
-        """A whole generation.
+    def drop(self, key: str, shards: Sequence[str], uids: Sequence[str]) -> str:
+        """Commit a tombstone: readers of some shards who name it leave these prompts out; no shard changes.
+
+        Args:
+            key: From `Store.key`.
+            shards: Keys of gradients.
+            uids: The prompts to leave out; one that a shard does not have is no error.
+
+        Returns:
+            The key.
+
+        Raises:
+            Missing, ValueError: a shard is not there, or is something else.
+        """
+        for shard in shards:
+            self._store.expect(shard, KIND)
+        return self._store.record(key, TOMBSTONE, {"shards": list(shards), "uids": sorted(set(uids))})
+
+    def compact(self, key: str, shards: Sequence[str], without: Sequence[str] = ()) -> str:
+        """Commit one shard with the rows of several, bit for bit, but for those under tombstones.
+
+        The old shards stay for those who read them; `Catalog.retire` hands them to the collector.
+
+        Args:
+            key: From `Store.key`.
+            shards: Keys of gradients of one generation, in the order to keep.
+            without: Keys of tombstones.
+
+        Returns:
+            The key.
+
+        Raises:
+            ValueError: no shard, shards of different generations, or a prompt that is in two of them.
+            Missing, Damaged: as for `read`.
+        """
+        metas = [self._store.expect(shard, KIND).meta for shard in shards]
+        named = [[meta[name] for name in (*NAMES, "dim")] for meta in metas]
+        if not named or any(names != named[0] for names in named):
+            raise ValueError(f"shards are of the generations {named}; pass one or more shards of one generation")
+        uids: list[str] = []
+        norms: list[Floats] = []
+        index = indexes.empty(metas[0]["dim"])
+        for shard in shards:
+            found, lengths, stored = self._open(shard)
+            alive = self._alive(shard, found, without)
+            kept = [found[row] for row in alive]
+            uids, norms = uids + kept, [*norms, lengths[alive]]
+            index.add_sa_codes(indexes.halves(stored)[alive].view(np.uint8), row_ids(kept))
+        row_ids(uids)  # a prompt that is in two shards is an error
+        return self._record(key, index, uids, np.concatenate(norms), metas[0])
+
+    def read(self, key: str, without: Sequence[str] = ()) -> tuple[list[str], Floats, Floats]:
+        """A whole shard.
+
+        Args:
+            key: A shard.
+            without: Keys of tombstones.
 
         Returns:
             prompt_uids, unit rows (prompts, dim) and their norms (prompts), in stored order.
 
         Raises:
-            Missing: the key has no generation.
+            Missing: the key has no gradients, or a tombstone is not there.
             Damaged: a file is not what was written.
         """
         uids, norms, index = self._open(key)
         rows = np.empty((len(uids), index.d), np.float32)
-        for start, block in _decoded(index):
-            np.multiply(block, np.float32(_SHIFT), out=rows[start : start + len(block)])
-        return uids, rows, norms
+        for start, block in indexes.decoded(index):
+            np.multiply(block, np.float32(SHIFT), out=rows[start : start + len(block)])
+        alive = self._alive(key, uids, without)
+        return [uids[row] for row in alive], rows[alive], norms[alive]
 
-    def search(self, key: str, queries: Floats) -> tuple[list[str], Floats]:
+    def search(self, key: str, queries: Floats, without: Sequence[str] = ()) -> tuple[list[str], Floats]:
         """The cosine of every row to every query.
 
         Args:
-            key: A generation.
+            key: A shard.
             queries: (queries, dim) float32, finite and not zero; their lengths do not matter.
+            without: Keys of tombstones.
 
         Returns:
             prompt_uids, and cosines (prompts, queries), in stored order.
@@ -112,21 +160,25 @@ class Gradients:
         if bad.size:
             raise ValueError(f"queries[{bad[0]}] has length {lengths[bad[0]]}, hence no direction; leave it out")
         unit = queries / lengths[:, None]
-        cosines = np.empty((len(uids), len(queries)), np.float32)
-        if len(unit) == 1 and uids:  # FAISS multiplies as it decodes, which for one query is the cheapest
-            scores, rows = index.index.search(unit.astype(np.float32), len(uids))
-            cosines[rows[0], 0] = scores[0]
-            return uids, cosines
-        lifted = np.ascontiguousarray((unit * _SHIFT).astype(np.float32).T)
-        for start, block in _decoded(index):
-            np.matmul(block, lifted, out=cosines[start : start + len(block)])
-        return uids, cosines
+        cosines, alive = indexes.cosines_with(index, unit), self._alive(key, uids, without)
+        return ([uids[row] for row in alive], cosines[alive]) if without else (uids, cosines)
 
-    def _open(self, key: str) -> tuple[list[str], Floats, faiss.IndexIDMap2]:
+    def _record(self, key: str, index: Index, uids: Sequence[str], norms: Floats, meta: dict[str, Any]) -> str:
+        table = to_table({"uid": uids, "id": indexes.ids_of(index), "norm": norms}, _TYPES)
+        files: dict[str, bytes] = {INDEX: indexes.to_bytes(index), ROWS: encode(table)}
+        return self._store.record(key, KIND, meta | {"rows": index.ntotal, "dim": index.d}, files)
+
+    def _alive(self, key: str, uids: Sequence[str], without: Sequence[str]) -> NDArray[np.intp]:
+        """The rows that no tombstone covers."""
+        tombstones = [self._store.expect(tombstone, TOMBSTONE).meta for tombstone in without]
+        dead = {uid for meta in tombstones if key in meta["shards"] for uid in meta["uids"]}
+        return np.flatnonzero([uid not in dead for uid in uids]).astype(np.intp)
+
+    def _open(self, key: str) -> tuple[list[str], Floats, Index]:
         artifact, (rows, path) = self._store.files(key, KIND, ROWS, INDEX)
-        table, index = decode(rows), _read_index(path, artifact.files[INDEX].size)
+        table, index = decode(rows), indexes.open_file(path, artifact.files[INDEX].size)
         uids = table["uid"].to_pylist()
-        stored = faiss.vector_to_array(index.id_map)
+        stored = indexes.ids_of(index)
         shape = (artifact.meta["rows"], artifact.meta["dim"])
         if (index.ntotal, index.d) != shape or not np.array_equal(stored, table["id"].to_numpy()):
             raise Damaged(f"gradients {key}: {path} and its rows disagree; repeat the step under another key")
@@ -173,51 +225,3 @@ def _norms(uids: Sequence[str], features: Floats) -> NDArray[np.float64]:
         uid = uids[int(np.argmin(norms))]
         raise ValueError(f"the features of {uid!r} are all zero and have no direction; leave that prompt out")
     return norms
-
-
-def _empty_index(dim: int) -> faiss.IndexIDMap2:
-    codes = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    return faiss.IndexIDMap2(codes)
-
-
-def _read_index(path: Path, size: int) -> faiss.IndexIDMap2:
-    with _READING:
-        limit = faiss.get_deserialization_vector_byte_limit()
-        faiss.set_deserialization_vector_byte_limit(size)
-        try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            raise Damaged(f"FAISS file {path} cannot be read: {error}; restore it or repeat its step") from error
-        finally:
-            faiss.set_deserialization_vector_byte_limit(limit)
-    if not isinstance(index, faiss.IndexIDMap2):
-        raise Damaged(f"FAISS file {path} holds a {type(index).__name__}, not an IndexIDMap2; repeat its step")
-    if not isinstance(faiss.downcast_index(index.index), faiss.IndexScalarQuantizer) or (
-        _codes(index).size() != 2 * index.ntotal * index.d
-    ):
-        raise Damaged(f"FAISS file {path} does not hold rows in half precision; repeat its step")
-    return index
-
-
-def _decoded(index: faiss.IndexIDMap2) -> Iterator[tuple[int, Floats]]:
-    """Blocks of unit rows divided by `_SHIFT`, in stored order, each with the position of its first row.
-
-    FAISS decodes number by number and NumPy converts half precision in software. Moving the bits is exact, also for
-    subnormal numbers, and five times faster. A block is overwritten by the next.
-    """
-    if not index.ntotal:
-        return
-    codes = _codes(index)
-    halves = faiss.rev_swig_ptr(codes.data(), codes.size()).view(np.int16).reshape(index.ntotal, index.d)
-    buffer = np.empty((min(_BLOCK, index.ntotal), index.d), np.int32)
-    for start in range(0, index.ntotal, _BLOCK):
-        block = buffer[: min(_BLOCK, index.ntotal - start)]
-        np.copyto(block, halves[start : start + _BLOCK])  # the sign fills the upper half
-        np.left_shift(block, 13, out=block)
-        np.bitwise_and(block, _BITS, out=block)
-        yield start, block.view(np.float32)
-
-
-def _codes(index: faiss.IndexIDMap2) -> Any:
-    quantizer: Any = faiss.downcast_index(index.index)
-    return quantizer.codes

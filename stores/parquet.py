@@ -1,7 +1,8 @@
 """Columns to Parquet and back: equal columns give equal bytes, and every page carries a checksum that is checked."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 from stores.errors import Damaged, StoreError
 
 VERSION = 1
-_ROWS = 2048  # rows in a row group
+ROWS = 2048
+"""Rows in a row group: what a reader has in memory at a time."""
 Column = Sequence[Any] | NDArray[Any]
 Columns = Mapping[str, Column]
 _INFERRED: Mapping[str, pa.DataType] = MappingProxyType({})
@@ -68,32 +70,40 @@ def to_values(column: pa.ChunkedArray) -> list[Any]:
     return rows
 
 
-def encode(table: pa.Table, dictionary: Sequence[str] | bool = True, split: Sequence[str] = ()) -> bytes:
+def encode(table: pa.Table) -> bytes:
     """A table as the bytes of a Parquet file.
-
-    Args:
-        table: The columns.
-        dictionary: Paths of the columns with repeated values, or True for all.
-        split: Paths of float columns to store byte plane by byte plane, which compresses better.
 
     Raises:
         ValueError: a column has a type that Parquet cannot hold.
     """
     buffer = io.BytesIO()
-    table = table.replace_schema_metadata({"schema_version": str(VERSION)})
     try:
-        pq.write_table(
-            table,
-            buffer,
-            row_group_size=_ROWS,
-            compression="zstd",
-            write_page_checksum=True,
-            use_dictionary=dictionary if isinstance(dictionary, bool) else list(dictionary),
-            use_byte_stream_split=list(split),
-        )
+        with writer(buffer, table.schema) as file:
+            file.write_table(_versioned(table), ROWS)
     except pa.ArrowNotImplementedError as error:
         raise ValueError(f"columns {table.schema.names}: {error}; store free-form dicts as JSON text") from error
     return buffer.getvalue()
+
+
+def writer(
+    sink: Any, schema: pa.Schema, dictionary: Sequence[str] | bool = True, split: Sequence[str] = ()
+) -> pq.ParquetWriter:
+    """A Parquet file to write table by table: `write_table(table)` is a row group.
+
+    Args:
+        sink: Where the bytes go.
+        schema: The columns.
+        dictionary: Paths of the columns with repeated values, or True for all.
+        split: Paths of float columns to store byte plane by byte plane, which compresses better.
+    """
+    return pq.ParquetWriter(
+        sink,
+        schema.with_metadata({"schema_version": str(VERSION)}),
+        compression="zstd",
+        write_page_checksum=True,
+        use_dictionary=dictionary if isinstance(dictionary, bool) else list(dictionary),
+        use_byte_stream_split=list(split),
+    )
 
 
 def decode(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -104,6 +114,20 @@ def decode(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         StoreError: a newer version wrote it.
         ValueError: it has no column of a given name.
     """
+    with _opened(path, columns) as file:
+        table = file.read(None if columns is None else list(columns))
+    return table if columns is None else table.select(list(columns))
+
+
+def scan(path: Path, columns: Sequence[str], rows: int = ROWS) -> Iterator[pa.Table]:
+    """The same, some rows at a time: what is in memory is a row group of the columns asked for; errors as there."""
+    with _opened(path, columns) as file:
+        for batch in file.iter_batches(rows, columns=list(columns)):
+            yield pa.Table.from_batches([batch]).select(list(columns))
+
+
+@contextmanager
+def _opened(path: Path, columns: Sequence[str] | None) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
@@ -113,10 +137,13 @@ def decode(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             version = int((schema.metadata or {}).get(b"schema_version", b"0"))
             if version > VERSION:
                 raise StoreError(f"{path} has schema version {version}, above {VERSION}; upgrade Influent")
-            table = file.read(None if columns is None else list(columns))
+            yield file
     except (pa.ArrowException, OSError) as error:
         raise Damaged(f"Parquet file {path} cannot be read: {error}; restore it or repeat its step") from error
-    return table if columns is None else table.select(list(columns))
+
+
+def _versioned(table: pa.Table) -> pa.Table:
+    return table.replace_schema_metadata({"schema_version": str(VERSION)})
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -1,20 +1,19 @@
 """One store: objects, a catalog, and a view for each kind of thing that is kept."""
 
-import hashlib
 import re
-import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from stores import objects
+from stores import seals
 from stores.canonical import canonical
 from stores.catalog import Catalog
-from stores.entries import Artifact, Count, check_names
+from stores.entries import Artifact, Count, Key, Lease, check_names
 from stores.errors import Conflict, Damaged, Missing
+from stores.leases import Leases
 from stores.objects import File, Objects
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Part of every key: raised when what a step writes changes its meaning, so that old results are not taken for new."""
 
-_NO_FILES: Mapping[str, bytes | Path] = MappingProxyType({})
+_NO_FILES: Mapping[str, bytes | Path | File] = MappingProxyType({})
 
 
 class Store:
@@ -38,12 +37,18 @@ class Store:
         root: The folder of the store.
         objects: Its files.
         catalog: Its commit point.
+
+    Attributes:
+        origin: Recorded with each artifact that is committed through here: `code`, `settings` and the like.
+        lease: What this process holds: without it, once somebody has taken it over, nothing is committed.
     """
 
     def __init__(self, root: Path, objects: Objects, catalog: Catalog) -> None:
         self.root = root
         self.objects = objects
         self.catalog = catalog
+        self.origin: dict[str, str] = {}
+        self.lease: Lease | None = None
 
     @cached_property
     def trajectories(self) -> "Trajectories":
@@ -87,12 +92,32 @@ class Store:
 
         return Tables(self)
 
+    @cached_property
+    def leases(self) -> Leases:
+        """Who may commit under which name."""
+        return Leases(self.catalog.database)
+
+    @contextmanager
+    def hold(self, name: str, seconds: float = 60.0) -> Iterator[Lease]:
+        """Hold a lease while the block runs: what this store commits meanwhile is refused once somebody took it over.
+
+        Raises:
+            Fenced: somebody else holds it, and goes on.
+        """
+        with self.leases.hold(name, seconds) as lease:
+            self.lease = lease
+            try:
+                yield lease
+            finally:
+                self.lease = None
+
     def key(self, step: str, **identity: Any) -> str:
         """The key of what a step makes: its name, and a digest of all that the result depends on.
 
         Args:
             step: Name of the step, in lower case letters, digits, dashes and underscores.
-            identity: JSON-able values (tuples are lists); a change in any of them changes the key.
+            identity: JSON-able values (tuples are lists); a change in any of them changes the key. The key remembers
+                them, so that they are recorded with the artifact; keys among them are its inputs.
 
         Raises:
             ValueError: an entry has no JSON spelling, or the step is not such a name.
@@ -102,7 +127,7 @@ class Store:
         for name, value in identity.items():
             canonical(value, name)  # so that an error names the entry as the caller does
         text = canonical({"step": step, "schema": SCHEMA, "identity": identity})
-        return f"{step}-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+        return Key(f"{step}-{seals.of_text(text)[:24]}", identity)
 
     def done(self, key: str) -> bool:
         """Whether the key names something that is committed."""
@@ -113,6 +138,7 @@ class Store:
 
         Raises:
             Missing: nothing is committed under the key.
+            Damaged: the catalog's rows are not what was committed.
         """
         artifact = self.catalog.get(key)
         if artifact is None:
@@ -120,7 +146,7 @@ class Store:
         return artifact
 
     def meta(self, key: str) -> dict[str, Any]:
-        """The facts recorded with a key; Missing as for `get`."""
+        """The facts recorded with a key; errors as for `get`."""
         return self.get(key).meta
 
     def record(
@@ -128,7 +154,7 @@ class Store:
         key: str,
         kind: str,
         meta: dict[str, Any],
-        files: Mapping[str, bytes | Path] = _NO_FILES,
+        files: Mapping[str, bytes | Path | File] = _NO_FILES,
         counts: Sequence[Count] = (),
     ) -> str:
         """Keep files and commit them under a key, with facts and belief counts.
@@ -137,7 +163,7 @@ class Store:
             key: From `key`; recording the same content twice changes nothing.
             kind: What it is.
             meta: JSON-able facts.
-            files: Bytes, or the path of a local file, by name.
+            files: Bytes, the path of a local file, or an object that was just written, by name.
             counts: (prompt_uid, successes, failures) to count with this batch.
 
         Returns:
@@ -145,14 +171,17 @@ class Store:
 
         Raises:
             Conflict: the key is taken by other content.
+            Fenced: the lease of this store was taken over.
             OSError: the disk refused; nothing is committed.
         """
         check_names(key, files)
+        identity = key.identity if isinstance(key, Key) else None
         stored = {name: self._put(data) for name, data in files.items()}
-        self.catalog.commit(Artifact(key, kind, meta, stored), counts)
+        artifact = Artifact(key, kind, meta, stored, identity, origin=self.origin)
+        self.catalog.commit(artifact, counts, self.lease)
         # An object that was here before, unreferenced and old, may have been collected until the commit; not after it.
         for name, file in stored.items():
-            if not self.objects.place(file).exists() and self._put(files[name]) != file:
+            if not self.objects.exists(file) and self._put(files[name]) != file:
                 raise Conflict(f"file {name!r} of {key} changed while it was stored; repeat the step with a quiet file")
         return key
 
@@ -185,52 +214,7 @@ class Store:
             raise ValueError(f"key {key!r} names {artifact.kind!r}, not {kind!r}; pass the key of a {kind!r}")
         return artifact
 
-    def verify(self) -> Iterator[tuple[str, str, File, str | None]]:
-        """Read every referenced object; yields (artifact key, file name, file, what is wrong or None)."""
-        verdicts: dict[str, str | None] = {}
-        for key, name, file in self.catalog.files():
-            if file.digest not in verdicts:
-                verdicts[file.digest] = self._wrong(file)
-            yield key, name, file, verdicts[file.digest]
-
-    def orphans(self) -> list[Path]:
-        """Files among the objects that no artifact references: steps cut short leave them."""
-        referenced = {file.digest for _, _, file in self.catalog.files()}
-        return self._unreferenced(referenced)
-
-    def collect(self, grace_seconds: float = 86400.0) -> int:
-        """Delete the orphans and temporaries that are older than the grace period.
-
-        Args:
-            grace_seconds: Longer than any step takes from its first object to its commit.
-
-        Returns:
-            How many were deleted.
-        """
-        limit = time.time() - grace_seconds
-        with self.catalog.exclusive() as referenced:
-            candidates = [*self._unreferenced(referenced), *self.objects.temporaries.iterdir()]
-            return sum(_delete_old(path, limit) for path in candidates)
-
-    def _put(self, data: bytes | Path) -> File:
+    def _put(self, data: bytes | Path | File) -> File:
+        if isinstance(data, File):
+            return data
         return self.objects.put_file(data) if isinstance(data, Path) else self.objects.put(data)
-
-    def _wrong(self, file: File) -> str | None:
-        try:
-            self.objects.verify(file)
-        except (Damaged, Missing) as error:
-            return str(error)
-        return None
-
-    def _unreferenced(self, referenced: set[str]) -> list[Path]:
-        return sorted(path for path in self.objects.folder.glob("*/*") if path.name not in referenced)
-
-
-def _delete_old(path: Path, limit: float) -> bool:
-    try:
-        if path.stat().st_mtime > limit:
-            return False
-        shutil.rmtree(path) if path.is_dir() else objects.unlink(path)
-    except FileNotFoundError:  # a temporary that got its final name, or another collector's work
-        return False
-    return True

@@ -1,6 +1,6 @@
 """Rollouts, in Parquet shards. A shard and its belief counts are one commit: neither is ever without the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,11 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stores.entries import Count
-from stores.parquet import Column, Columns, decode, encode, to_table, to_values
+from stores.objects import File
+from stores.parquet import ROWS, Column, Columns, scan, to_table, to_values, writer
 from stores.store import Store
 
 KIND = "trajectories"
 FILE = "rollouts.parquet"
+FILE_BYTES = 128 << 20
+"""From this size on a shard goes on in another file."""
 _LABEL = pa.dictionary(pa.int32(), pa.string())
 SCHEMA: dict[str, pa.DataType] = {
     "prompt_uid": _LABEL,
@@ -35,6 +38,7 @@ _REPEATED = (
     "prompt_ids.list.element",
     "completion_ids.list.element",
 )
+_SPLIT = ("logp_old.list.element",)
 
 
 class Trajectories:
@@ -59,12 +63,32 @@ class Trajectories:
             ValueError: a column is missing, unknown, of unequal length or with values that do not fit.
             Conflict: the key is taken by other content.
         """
-        _check_names(columns)
-        table = to_table({name: columns[name] for name in SCHEMA}, SCHEMA)
-        _check_values(table)
-        data = encode(table, dictionary=_REPEATED, split=["logp_old.list.element"])
-        meta = meta | {"rows": table.num_rows}
-        return self._store.record(key, KIND, meta, {FILE: data}, count(columns["prompt_uid"], columns["verdict"]))
+        return self.write_all(key, [columns], meta)
+
+    def write_all(self, key: str, parts: Iterable[Columns], meta: dict[str, Any]) -> str:
+        """Commit a shard that arrives in parts, each no larger than fits in memory; all of them or none are there.
+
+        Args:
+            key: From `Store.key`.
+            parts: The columns of some rollouts each, as for `write`. They are written as they come, into files of
+                about `FILE_BYTES`.
+            meta: JSON-able facts; `rows` is added.
+
+        Returns:
+            The key; errors as for `write`.
+        """
+        tally: dict[str, list[int]] = {}
+        files: dict[str, File] = {}
+        tables = (self._checked(columns, tally) for columns in parts)
+        rows, table = 0, next(tables, _nothing())
+        while table is not None:
+            with self._store.objects.writer() as new, writer(new, table.schema, _REPEATED, _SPLIT) as file:
+                while table is not None and new.size < FILE_BYTES:
+                    file.write_table(table, ROWS)
+                    rows, table = rows + table.num_rows, next(tables, None)
+            name = FILE if not files else f"rollouts.{len(files):05d}.parquet"
+            files[name] = File(new.digest, new.size)
+        return self._store.record(key, KIND, meta | {"rows": rows}, files, _counts(tally))
 
     def read(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> dict[str, list[Any]]:
         """The columns of some shards, one after the other.
@@ -81,16 +105,29 @@ class Trajectories:
             Damaged: a file is not what was written.
             ValueError: there is no such column.
         """
-        names = list(SCHEMA) if columns is None else list(columns)
-        unknown = [name for name in names if name not in SCHEMA]
-        if unknown:
-            raise ValueError(f"columns has {unknown[0]!r}; trajectories have {list(SCHEMA)}")
-        found: dict[str, list[Any]] = {name: [] for name in names}
-        for key in keys:
-            table = decode(self._store.file(key, KIND, FILE), names)
-            for name in names:
-                found[name].extend(to_values(table[name]))
+        found: dict[str, list[Any]] = {name: [] for name in _names(columns)}
+        for part in self.scan(keys, columns):
+            for name, values in part.items():
+                found[name].extend(values)
         return found
+
+    def scan(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[dict[str, list[Any]]]:
+        """The same, about 2,048 rollouts at a time: no column that was not asked for is read; errors as for `read`."""
+        names = _names(columns)
+        for key in keys:
+            artifact = self._store.expect(key, KIND)
+            files = sorted(artifact.files, key=lambda name: (name != FILE, name))
+            for path in self._store.files(key, KIND, *files)[1]:
+                for table in scan(path, names):
+                    yield {name: to_values(table[name]) for name in names}
+
+    @staticmethod
+    def _checked(columns: Columns, tally: dict[str, list[int]]) -> pa.Table:
+        _check_names(columns)
+        table = to_table({name: columns[name] for name in SCHEMA}, SCHEMA)
+        _check_values(table)
+        _tally(tally, columns["prompt_uid"], columns["verdict"])
+        return table
 
 
 def count(uids: Column, verdicts: Column) -> list[Count]:
@@ -100,11 +137,31 @@ def count(uids: Column, verdicts: Column) -> list[Count]:
     [('a', 1, 1), ('b', 0, 1)]
     """
     tally: dict[str, list[int]] = {}
+    _tally(tally, uids, verdicts)
+    return _counts(tally)
+
+
+def _tally(tally: dict[str, list[int]], uids: Column, verdicts: Column) -> None:
     for uid, verdict in zip(uids, verdicts, strict=True):
         tally.setdefault(str(uid), [0, 0])
         if verdict in ("correct", "incorrect"):
             tally[str(uid)][verdict == "incorrect"] += 1
+
+
+def _counts(tally: dict[str, list[int]]) -> list[Count]:
     return [(uid, successes, failures) for uid, (successes, failures) in tally.items() if successes + failures]
+
+
+def _names(columns: Sequence[str] | None) -> list[str]:
+    names = list(SCHEMA) if columns is None else list(columns)
+    unknown = [name for name in names if name not in SCHEMA]
+    if unknown:
+        raise ValueError(f"columns has {unknown[0]!r}; trajectories have {list(SCHEMA)}")
+    return names
+
+
+def _nothing() -> pa.Table:
+    return to_table({name: [] for name in SCHEMA}, SCHEMA)
 
 
 def _check_names(columns: Columns) -> None:

@@ -30,10 +30,22 @@ from hypothesis import settings
 from pipeline.embedded.warm_start import character_tokenizer, untrained_policy
 from pipeline.policy import Policy, collate, token_logps
 from pipeline.records import Prompts, Rollouts, canonical, prompt_uid
+from tests.servers import bucket, postgres  # noqa: F401  fixtures
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--torture N``: N times the rounds of tests that kill, damage and interrupt."""
+    parser.addoption("--torture", type=int, default=1, metavar="N", help="N times the rounds of the stores' trials")
+
+
+@pytest.fixture(scope="session")
+def torture(request: pytest.FixtureRequest) -> int:
+    """By how much the rounds of a trial are multiplied."""
+    return request.config.getoption("--torture")
 
 
 @pytest.fixture

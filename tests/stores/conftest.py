@@ -11,16 +11,52 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stores import objects, open_store
+from stores import disk, open_store
+from stores.objects import File
+from stores.remote import RemoteObjects
 from stores.store import Store
 
 Columns = dict[str, list[Any]]
+OPERATIONS = ("create", "append", "sync", "rename", "make_folder", "sync_folder", "unlink")
+
+
+@pytest.fixture(params=["local", "shared"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str | None, str | None]:
+    """Where a store is, as `open_store` takes it: SQLite and local files, or PostgreSQL and S3."""
+    if request.param == "local":
+        return tmp_path / "store", None, None
+    return tmp_path / "store", request.getfixturevalue("postgres")(), request.getfixturevalue("bucket")()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    """An empty store."""
+def store(place: tuple[Path, str | None, str | None]) -> Store:
+    """An empty store, of each kind."""
+    return open_store(*place)
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Store:
+    """An empty store on SQLite and local files."""
     return open_store(tmp_path / "store")
+
+
+@pytest.fixture
+def overwrite() -> Callable[[Store, File, bytes | None], None]:
+    """Replaces the bytes of an object, wherever they are kept, behind the store's back; with None removes them."""
+    return _overwrite
+
+
+def _overwrite(store: Store, file: File, data: bytes | None) -> None:
+    path = store.objects.place(file)
+    path.unlink(missing_ok=True)
+    if data is not None:
+        path.write_bytes(data)
+    if isinstance(store.objects, RemoteObjects):
+        remote, there = store.objects._bucket, store.objects._remote(file.digest)
+        if data is None:
+            remote.rm_file(there)
+        else:
+            remote.pipe_file(there, data)
 
 
 @pytest.fixture
@@ -59,7 +95,7 @@ def names() -> dict[str, str]:
 
 @pytest.fixture
 def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
-    """Lets the n-th of the six disk operations fail as on a full disk, within a `with` block."""
+    """Lets the n-th of the seven disk operations fail as on a full disk, within a `with` block."""
 
     @contextmanager
     def failing(number: int) -> Iterator[None]:
@@ -74,8 +110,8 @@ def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextM
             return wrapped
 
         with monkeypatch.context() as patch:
-            for name in ("create", "append", "sync", "rename", "sync_folder", "unlink"):
-                patch.setattr(objects, name, wrap(getattr(objects, name)))
+            for name in OPERATIONS:
+                patch.setattr(disk, name, wrap(getattr(disk, name)))
             yield
 
     return failing

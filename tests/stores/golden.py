@@ -52,7 +52,9 @@ def contents(store: Store) -> dict[str, Any]:
         "scores": store.tables.read("scores-a"),
         "policy": (store.checkpoints.folder("policy-0") / "config.json").read_text(),
         "meta": {key: store.meta(key) for key in ("policy-0", "selection-a", "gradients-a", "rollouts-a", "scores-a")},
-        "beliefs": {uid: [list(n) for n in v] for uid, v in store.beliefs.history(["rollouts-b", "rollouts-a"]).items()},
+        "beliefs": {
+            uid: [list(n) for n in v] for uid, v in store.beliefs.history(["rollouts-b", "rollouts-a"]).items()
+        },
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from stores import objects
+from stores import disk
 from stores.bundles import SCHEMA, write_bundle
 
 SELECTION = {"prompt_uid": ["a", "b"], "stage": [0, None], "reason": ["selected", "budget"], "score": [0.5, None]}
@@ -169,7 +169,7 @@ def test_bundles_that_make_no_sense_are_refused(tmp_path: Path, change: dict[str
 def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No manifest, no bundle: it is the last file to be created."""
     created: list[str] = []
-    create = objects.create
-    monkeypatch.setattr(objects, "create", lambda path, mode: (created.append(path.name), create(path, mode))[1])
+    create = disk.create
+    monkeypatch.setattr(disk, "create", lambda path, mode: (created.append(path.name), create(path, mode))[1])
     _write(tmp_path / "export")
     assert created[-1] == "manifest.json" and len(created) == 7

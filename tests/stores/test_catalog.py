@@ -1,26 +1,32 @@
 """The catalog: one commit makes an artifact visible, once, and never again differently."""
 
-import signal
-import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
 
-from stores import Conflict, Damaged, Missing, StoreError, open_store
-from stores.catalog import Artifact, Catalog, sqlite_url
+from stores import Conflict, Damaged, Missing, rows, seals
+from stores.canonical import canonical
+from stores.catalog import Catalog
+from stores.database import Database, sqlite_url
+from stores.entries import Artifact
+from stores.leases import Leases
 from stores.objects import File
 
 FILE = File("a" * 64, 3)
 
 
-@pytest.fixture
-def catalog(tmp_path: Path) -> Catalog:
-    """An empty catalog."""
-    return Catalog(sqlite_url(tmp_path / "catalog.sqlite"))
+@pytest.fixture(params=["sqlite", "postgres"])
+def catalog(request: pytest.FixtureRequest, tmp_path: Path) -> Catalog:
+    """An empty catalog, in each database."""
+    if request.param == "sqlite":
+        return Catalog(Database(sqlite_url(tmp_path / "catalog.sqlite")))
+    return Catalog(Database(request.getfixturevalue("postgres")()))
+
+
+def _execute(catalog: Catalog, statement: str) -> None:
+    with catalog.database.transaction(write=True) as connection:
+        connection.exec_driver_sql(statement)
 
 
 def test_artifacts_round_trip(catalog: Catalog) -> None:
@@ -28,7 +34,7 @@ def test_artifacts_round_trip(catalog: Catalog) -> None:
     artifact = Artifact("key-1", "table", {"rows": 3, "names": ["a"]}, {"b/x": FILE, "a": File("b" * 64, 2**40)})
     assert catalog.get("key-1") is None
     assert catalog.commit(artifact) == artifact == catalog.get("key-1")
-    assert Catalog(catalog.name).get("key-1") == artifact
+    assert Catalog(catalog.database).get("key-1") == artifact
 
 
 def test_keys_come_in_the_order_of_commits(catalog: Catalog) -> None:
@@ -78,9 +84,10 @@ def test_counts_come_by_batch_then_position(catalog: Catalog) -> None:
         catalog.commit(Artifact(keys[number], "trajectories", {}, {}), [("z", number, 0), ("a", 0, number)])
     with pytest.raises(Missing, match="'batch-1'"):
         catalog.counts(keys)
-    with sqlite3.connect(catalog.name.removeprefix("sqlite:///")) as connection:
-        rows = [(key, number + 10, "t", "{}", "") for number, key in enumerate(keys)]
-        connection.executemany("insert or ignore into artifacts values (?, ?, ?, ?, ?)", rows)
+    with catalog.database.transaction(write=True) as connection:
+        for key in keys:
+            if rows.find(connection, key) is None:
+                rows.insert(connection, Artifact(key, "t", {}, {}), [])
     assert catalog.counts([*reversed(keys), keys[0]]) == [
         (keys[number], *row) for number in (1099, 3, 0) for row in (("z", number, 0), ("a", 0, number))
     ]
@@ -109,86 +116,67 @@ def test_unusable_counts_are_refused(catalog: Catalog, counts: list) -> None:
     assert catalog.get("key") is None
 
 
-def test_a_failed_commit_leaves_nothing(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the counts cannot be written the artifact is not there either."""
-    with sqlite3.connect(catalog.name.removeprefix("sqlite:///")) as connection:
-        connection.execute("create trigger t before insert on counts begin select raise(fail, 'no'); end")
-    with pytest.raises(StoreError, match="no"):
-        catalog.commit(Artifact("key", "t", {}, {"f": FILE}), [("p", 1, 1)])
-    assert catalog.get("key") is None
-    assert catalog.files() == []
+def test_vanished_and_altered_rows_are_damaged(catalog: Catalog) -> None:
+    """A row that somebody changed, added or removed behind the catalog's back is never taken for what was committed."""
+    for number in range(3):
+        catalog.commit(Artifact(f"key-{number}", "t", {"n": number}, {"f": FILE}), [("p", 1, number)])
+    assert catalog.problems() == []
+    for statement, key in (
+        ("update artifacts set meta = '{\"n\":7}' where key = 'key-0'", "key-0"),
+        ("update files set size = 4 where artifact = 'key-1'", "key-1"),
+        ("insert into inputs values ('key-2', 'key-1')", "key-2"),
+    ):
+        _execute(catalog, statement)
+        with pytest.raises(Damaged, match=f"the entry of {key}"):
+            catalog.get(key)
+    _execute(catalog, "update counts set successes = 2 where batch = 'key-0'")
+    with pytest.raises(Damaged, match="the counts of key-0"):
+        catalog.counts(["key-1", "key-0"])
+    for table, column in (("files", "artifact"), ("inputs", "artifact"), ("counts", "batch"), ("artifacts", "key")):
+        _execute(catalog, f"delete from {table} where {column} = 'key-2'")
+    with pytest.raises(Damaged, match="lists 2 artifacts of 3"):
+        catalog.keys()
+    assert len(catalog.problems()) == 4
+    assert all(catalog.name in problem for problem in catalog.problems())
 
 
-def test_newer_schema_versions_are_refused(catalog: Catalog) -> None:
-    """A catalog of a newer version is not opened, and the error says what to do."""
-    with sqlite3.connect(catalog.name.removeprefix("sqlite:///")) as connection:
-        connection.execute("update schema_version set version = 99")
-    with pytest.raises(StoreError, match=r"version 99.*upgrade"):
-        Catalog(catalog.name)
+def test_long_identities_are_kept_by_digest_and_their_inputs_whole(catalog: Catalog) -> None:
+    """An entry of an identity that is too long to keep is kept as its SHA-256, and every key in it as an input."""
+    inputs = [f"rollouts-{number:024x}" for number in range(500)]
+    artifact = Artifact("key", "t", {}, {}, identity={"rollouts": inputs, "seed": 3, "not_a_key": "rollouts-1"})
+    catalog.commit(artifact)
+    stored = catalog.get("key")
+    assert stored is not None and stored.identity is not None
+    assert stored.inputs == tuple(sorted(inputs))
+    assert stored.identity["seed"] == 3 and stored.identity["not_a_key"] == "rollouts-1"
+    assert stored.identity["rollouts"] == {"sha256": seals.of_text(canonical(inputs))}
 
 
-def test_a_file_that_is_no_database_is_damaged(tmp_path: Path) -> None:
-    """Garbage in the catalog's place is a typed error with its name."""
-    (tmp_path / "catalog.sqlite").write_bytes(b"garbage" * 1000)
-    with pytest.raises(Damaged, match=r"catalog\.sqlite"):
-        Catalog(sqlite_url(tmp_path / "catalog.sqlite"))
+def test_the_retired_are_hidden_until_they_come_back_or_go(catalog: Catalog) -> None:
+    """A retired artifact is found no more; the same commit takes it back; after its grace it is gone, unless leased."""
+    artifact, leases = Artifact("key", "t", {}, {"f": FILE}), Leases(catalog.database)
+    catalog.commit(artifact)
+    catalog.retire("key")
+    assert catalog.get("key") is None and catalog.keys() == [] and catalog.problems() == []
+    with pytest.raises(Conflict):
+        catalog.commit(Artifact("key", "other", {}, {}))
+    catalog.commit(artifact)
+    assert catalog.get("key") == artifact and catalog.keys() == ["key"]
+    catalog.retire("key")
+    with catalog.exclusive(retired_before=time.time() - 60) as referenced:
+        assert referenced == {FILE.digest}
+    with leases.hold("key"), catalog.exclusive(retired_before=time.time() + 1) as referenced:
+        assert referenced == {FILE.digest}
+    with catalog.exclusive(retired_before=time.time() + 1) as referenced:
+        assert referenced == set()
+    assert catalog.files() == [] and catalog.keys() == [] and catalog.problems() == []
+    catalog.commit(Artifact("key", "other", {}, {}))
 
 
-def test_an_unreachable_database_is_named(tmp_path: Path) -> None:
-    """A catalog in a folder that is not there is a typed error with its name."""
-    with pytest.raises(StoreError, match=r"absent/catalog\.sqlite"):
-        Catalog(sqlite_url(tmp_path / "absent" / "catalog.sqlite"))
-
-
-def test_sqlite_is_set_to_be_durable(catalog: Catalog) -> None:
-    """Every connection has WAL, full synchronisation, foreign keys and a busy timeout of 60 s."""
-    with catalog._engine.connect() as connection:
-        pragmas = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
-        assert [connection.scalar(sql.text(f"PRAGMA {name}")) for name in pragmas] == ["wal", 2, 1, 60000]
-
-
-WRITER = """
-import sys
-from pathlib import Path
-from stores import open_store
-store, writer = open_store(Path(sys.argv[1])), sys.argv[2]
-for number in range(int(sys.argv[3])):
-    key = f"{writer}-{number}"
-    store.record(key, "t", {"number": number}, {"f": key.encode() * 100, "g": b"same"}, [(f"p{number % 3}", 1, 2)])
-    print(key, flush=True)
-"""
-
-
-def _start(root: Path, writer: str, commits: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WRITER, str(root), writer, str(commits)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
-
-
-def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path) -> None:
-    """A writer killed in the middle, five times: all it acknowledged is there, whole, and the catalog opens."""
-    acknowledged: list[str] = []
-    for attempt in range(5):
-        process = _start(tmp_path, f"writer{attempt}", 100_000)
-        assert process.stdout is not None
-        acknowledged.append(process.stdout.readline().strip())
-        time.sleep(0.05 + 0.05 * attempt)
-        process.send_signal(signal.SIGKILL)
-        acknowledged += [line.strip() for line in process.stdout.read().splitlines(keepends=True) if line[-1] == "\n"]
-        process.wait()
-    store = open_store(tmp_path)
-    keys = store.catalog.keys()
-    assert len(acknowledged) > 5
-    assert set(acknowledged) <= set(keys)
-    assert len(keys) <= len(acknowledged) + 5
-    assert all(error is None for *_, error in store.verify())
-    assert len(list(store.verify())) == 2 * len(keys) == 2 * len(store.catalog.counts(keys))
-
-
-def test_writers_take_turns(tmp_path: Path) -> None:
-    """Three processes that open a new store and commit to it at once all succeed, and nothing is lost."""
-    processes = [_start(tmp_path, f"writer{number}", 15) for number in range(3)]
-    printed = [process.communicate()[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
-    keys = open_store(tmp_path).catalog.keys()
-    assert sorted(keys) == sorted(key for keys in printed for key in keys)
-    assert len(keys) == 45
+def test_beliefs_are_never_retired(catalog: Catalog) -> None:
+    """An artifact with counts stays, and an absent one is named."""
+    catalog.commit(Artifact("batch", "t", {}, {}), [("p", 1, 0)])
+    with pytest.raises(ValueError, match="beliefs lose nothing"):
+        catalog.retire("batch")
+    with pytest.raises(Missing, match="'absent'"):
+        catalog.retire("absent")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from stores import Damaged
+from stores.collector import collect
 from stores.store import Store
 
 
@@ -58,7 +59,7 @@ def test_a_changed_folder_is_made_again(store: Store, policy: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").write_bytes(b"other")
     assert _contents(store.checkpoints.folder("key")) == _contents(policy)
-    store.collect(grace_seconds=0)
+    collect(store, grace_seconds=0)
     assert not list(store.objects.temporaries.iterdir())
 
 

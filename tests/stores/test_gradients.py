@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import Damaged, gradients, open_store
+from stores import Damaged, Missing, index, open_store
 from stores.gradients import row_ids
 from stores.store import Store
 
@@ -45,7 +45,7 @@ def test_cosines_are_those_of_numpy(
 
 def test_rows_beyond_one_block_keep_their_order(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoding block by block gives every row its own uid."""
-    monkeypatch.setattr(gradients, "_BLOCK", 7)
+    monkeypatch.setattr(index, "BLOCK", 7)
     features = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
     uids = [f"prompt-{row}" for row in range(50)]
     store.gradients.write("key", uids, features, NAMES)
@@ -182,3 +182,57 @@ def test_rows_in_another_precision_are_refused(store: Store) -> None:
     store.record("single", "gradients", store.meta("key"), files)
     with pytest.raises(Damaged, match="half precision"):
         store.gradients.read("single")
+
+
+def test_tombstones_leave_rows_out_for_those_who_name_them(store: Store) -> None:
+    """Readers under a tombstone see the other rows, unchanged; others, and other shards, see all."""
+    rows = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    for name, part in (("one", slice(0, 3)), ("two", slice(3, 6))):
+        store.gradients.write(name, [str(row) for row in range(6)][part], rows[part], NAMES)
+    store.gradients.drop("dead", ["one"], ["1", "4", "absent"])
+    whole, norms = store.gradients.read("one")[1:]
+    uids, unit, lengths = store.gradients.read("one", ["dead"])
+    assert uids == ["0", "2"]
+    np.testing.assert_array_equal(unit, whole[[0, 2]])
+    np.testing.assert_array_equal(lengths, norms[[0, 2]])
+    assert store.gradients.read("two", ["dead"])[0] == ["3", "4", "5"]
+    for queries in (rows[:1], rows[:3]):
+        found, cosines = store.gradients.search("one", queries, ["dead"])
+        assert found == ["0", "2"]
+        np.testing.assert_array_equal(cosines, store.gradients.search("one", queries)[1][[0, 2]])
+    with pytest.raises(Missing):
+        store.gradients.read("one", ["absent"])
+    with pytest.raises(ValueError, match="names 'gradients', not 'tombstones'"):
+        store.gradients.read("one", ["two"])
+
+
+def test_compaction_keeps_every_bit(store: Store) -> None:
+    """A compacted shard has the surviving rows of its shards, in order, to the bit; the old ones can then go."""
+    rows = np.random.default_rng(1).normal(size=(9, 16)).astype(np.float32)
+    uids = [str(row) for row in range(9)]
+    for name, part in (("one", slice(0, 4)), ("two", slice(4, 4)), ("three", slice(4, 9))):
+        store.gradients.write(name, uids[part], rows[part], NAMES)
+    store.gradients.drop("dead", ["one", "three"], ["2", "8"])
+    store.gradients.compact("whole", ["one", "two", "three"], ["dead"])
+    before = [store.gradients.read(name, ["dead"]) for name in ("one", "two", "three")]
+    for name in ("one", "two", "three"):
+        store.catalog.retire(name)
+    found, unit, norms = store.gradients.read("whole")
+    assert found == ["0", "1", "3", "4", "5", "6", "7"]
+    np.testing.assert_array_equal(unit, np.concatenate([part[1] for part in before]))
+    np.testing.assert_array_equal(norms, np.concatenate([part[2] for part in before]))
+    assert store.meta("whole") == NAMES | {"rows": 7, "dim": 16}
+
+
+def test_only_shards_of_one_generation_are_compacted(store: Store) -> None:
+    """No shard, shards of two generations, and a prompt in two shards are refused."""
+    rows = np.eye(2, 8, dtype=np.float32)
+    store.gradients.write("one", ["a", "b"], rows, NAMES)
+    store.gradients.write("again", ["b", "c"], rows, NAMES)
+    store.gradients.write("other", ["d", "e"], rows, NAMES | {"policy": "policy-1"})
+    for shards in ([], ["one", "other"]):
+        with pytest.raises(ValueError, match="one generation"):
+            store.gradients.compact("key", shards)
+    with pytest.raises(ValueError, match="uid 'b' is there twice"):
+        store.gradients.compact("key", ["one", "again"])
+    assert not store.done("key")

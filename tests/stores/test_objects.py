@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import Damaged, Missing, objects
+from stores import Damaged, Missing, disk
 from stores.objects import File, Objects
+from tests.stores.conftest import OPERATIONS
 
 
 @given(data=st.binary(max_size=2000))
@@ -49,11 +50,11 @@ def test_objects_are_read_only(tmp_path: Path) -> None:
 def test_the_disk_is_told_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file is synced before it has its final name, and the folders after."""
     kept, calls = Objects(tmp_path), []
-    for name in ("create", "append", "sync", "rename", "sync_folder", "unlink"):
-        operation = getattr(objects, name)
-        monkeypatch.setattr(objects, name, lambda *args, do=operation: (calls.append(do.__name__), do(*args))[1])
+    for name in OPERATIONS:
+        operation = getattr(disk, name)
+        monkeypatch.setattr(disk, name, lambda *args, do=operation: (calls.append(do.__name__), do(*args))[1])
     kept.put(b"x")
-    assert calls == ["create", "append", "sync", "rename", "sync_folder", "sync_folder"]
+    assert calls == ["create", "append", "sync", "make_folder", "rename", "sync_folder", "sync_folder"]
 
 
 def test_absent_and_resized_objects_are_refused(tmp_path: Path) -> None:
@@ -99,8 +100,8 @@ def test_a_checked_object_is_not_read_again(tmp_path: Path, monkeypatch: pytest.
     kept = Objects(tmp_path)
     file, checks = kept.put(b"abc"), []
     os.utime(kept.place(file), (1, 1))
-    verify = kept.verify
-    monkeypatch.setattr(kept, "verify", lambda file: (checks.append(file), verify(file)))
+    check = kept._check
+    monkeypatch.setattr(kept, "_check", lambda path, file: (checks.append(file), check(path, file)))
     kept.path(file), kept.path(file)
     assert checks == [file]
 
@@ -112,7 +113,7 @@ def test_every_interrupted_put_leaves_nothing_half_written(
     """Whichever operation fails: the errno stays, the message helps, no final name is half written, a repeat works."""
     source = tmp_path / "source"
     source.write_bytes(b"new" * 1000)
-    for number in range(1, 7):
+    for number in range(1, 8):
         kept = Objects(tmp_path / f"store-{number}-{from_file}")
         old = kept.put(b"old")
         with fail_at(number), pytest.raises(OSError, match="free some space") as failure:

@@ -1,6 +1,9 @@
 """Trajectories: rollouts come back as written, with their counts, and nothing that cannot be trained on gets in."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import Conflict, open_store
+from stores import Conflict, Damaged, open_store
 from stores.store import Store
 from stores.trajectories import SCHEMA, count
 
+ROOT = Path(__file__).parents[2]
 Rollouts = Callable[..., dict[str, list[Any]]]
 ROW = st.tuples(
     st.text(min_size=1, max_size=6),
@@ -146,3 +150,84 @@ def test_other_rollouts_under_a_key_are_a_conflict(store: Store, rollouts: Rollo
     with pytest.raises(Conflict, match=r"rollouts\.parquet"):
         store.trajectories.write("key", rollouts(1), {})
     assert store.beliefs.history(["key"]) == before
+
+
+def test_a_shard_in_parts_is_the_shard_in_one(
+    store: Store, rollouts: Rollouts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts that go to several files read as one shard, with one set of counts; none at all is an empty shard."""
+    parts = [rollouts(seed) for seed in range(5)]
+    whole = {name: [value for part in parts for value in part[name]] for name in SCHEMA}
+    store.trajectories.write("whole", whole, {})
+    monkeypatch.setattr("stores.trajectories.FILE_BYTES", 1)
+    store.trajectories.write_all("parts", iter(parts), {})
+    assert sorted(store.get("parts").files) == [f"rollouts.{n:05d}.parquet" for n in range(1, 5)] + ["rollouts.parquet"]
+    one, many = (store.trajectories.read([key]) for key in ("whole", "parts"))
+    for name in SCHEMA:
+        assert all(np.array_equal(a, b) for a, b in zip(one[name], many[name], strict=True))
+    counts = [[row[1:] for row in store.catalog.counts([key])] for key in ("whole", "parts")]
+    assert counts[0] == counts[1] and store.meta("parts") == store.meta("whole") == {"rows": len(whole["seed"])}
+    store.trajectories.write_all("none", iter([]), {})
+    assert store.trajectories.read(["none"])["text"] == [] and store.meta("none") == {"rows": 0}
+
+
+def test_a_bad_part_leaves_nothing(store: Store, rollouts: Rollouts) -> None:
+    """When the second part cannot be kept, or cannot be made, the shard is not there, and no temporary is left."""
+
+    def parts() -> Iterator[dict[str, list[Any]]]:
+        yield rollouts(0)
+        raise RuntimeError("the engine died")
+
+    with pytest.raises(RuntimeError, match="the engine died"):
+        store.trajectories.write_all("key", parts(), {})
+    with pytest.raises(ValueError, match="lacks"):
+        store.trajectories.write_all("key", [rollouts(0), {"text": []}], {})
+    assert not store.done("key") and not list(store.objects.temporaries.iterdir())
+
+
+def test_only_the_columns_asked_for_are_read(local: Store, rollouts: Rollouts) -> None:
+    """A scan reads the bytes of its columns and no text: a file whose text is damaged on the disk still gives rewards."""
+    columns = rollouts(0, samples=1000)
+    local.trajectories.write("key", columns, {})
+    path = local.file("key", "trajectories", "rollouts.parquet")
+    with pq.ParquetFile(path) as file:
+        group = file.metadata.row_group(0)
+        text = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "text")
+        start, size = text.dictionary_page_offset or text.data_page_offset, text.total_compressed_size
+    content = bytearray(path.read_bytes())
+    content[start : start + size] = b"\0" * size
+    path.chmod(0o644)
+    path.write_bytes(content)
+    local.objects._verified[local.get("key").files["rollouts.parquet"].digest] = local.objects._stamp(path)
+    assert local.trajectories.read(["key"], ["reward", "prompt_uid"])["reward"] == columns["reward"]
+    with pytest.raises(Damaged):
+        local.trajectories.read(["key"], ["text"])
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from stores import open_store
+store, parts = open_store(Path(sys.argv[1])), int(sys.argv[2])
+def part(number):
+    n = 2048
+    return dict(prompt_uid=[f"{number}-{i // 8}" for i in range(n)], sample=list(range(n)), policy=["p"] * n, step=[0] * n,
+                prompt_ids=[[1] * 64] * n, completion_ids=[[i] * 64 for i in range(n)], logp_old=[[-i / n] * 64 for i in range(n)],
+                temperature=[1.0] * n, finish_reason=["stop"] * n, seed=[number] * n, text=[f"text {i} " * 20 for i in range(n)],
+                reward=[0.0] * n, verdict=["correct"] * n)
+store.trajectories.write_all("key", (part(number) for number in range(parts)), {})
+rows = sum(len(found["reward"]) for found in store.trajectories.scan(["key"], ["reward", "completion_ids"]))
+assert rows == 2048 * parts, rows
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_shard(tmp_path: Path, torture: int) -> None:
+    """Writing and scanning ten times the rollouts takes the same memory, but for the counts of their prompts."""
+    peaks = []
+    for parts in (4, 40 if torture == 1 else 489):  # 489 x 2,048 is a million
+        command = [sys.executable, "-c", PEAK, str(tmp_path / str(parts)), str(parts)]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout))
+    assert peaks[1] - peaks[0] < 60_000 + 1.2 * (
+        parts * 256
+    )  # KiB: a row of counts takes about 1 KiB while it is written

@@ -78,14 +78,16 @@ class Trajectories:
             The key; errors as for `write`.
         """
         tally: dict[str, list[int]] = {}
-        files: dict[str, File] = {}
         tables = (self._checked(columns, tally) for columns in parts)
+        files: dict[str, File] = {}
         rows, table = 0, next(tables, _nothing())
         while table is not None:
             with self._store.objects.writer() as new, writer(new, table.schema, _REPEATED, _SPLIT) as file:
-                while table is not None and new.size < FILE_BYTES:
+                file.write_table(table, ROWS)
+                rows += table.num_rows
+                while (table := next(tables, None)) is not None and new.size < FILE_BYTES:
                     file.write_table(table, ROWS)
-                    rows, table = rows + table.num_rows, next(tables, None)
+                    rows += table.num_rows
             name = FILE if not files else f"rollouts.{len(files):05d}.parquet"
             files[name] = File(new.digest, new.size)
         return self._store.record(key, KIND, meta | {"rows": rows}, files, _counts(tally))

@@ -1,6 +1,7 @@
 """Checkpoints: a folder comes back as it was, linked to verified objects."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,11 @@ def test_copies_do_where_links_do_not(store: Store, policy: Path, monkeypatch: p
     assert _contents(store.checkpoints.folder("key")) == _contents(policy)
 
 
-def test_a_damaged_object_makes_no_folder(store: Store, policy: Path) -> None:
+def test_a_damaged_object_makes_no_folder(store: Store, policy: Path, overwrite: Callable[..., None]) -> None:
     """A policy with a rotten file is Damaged, not loaded."""
     store.checkpoints.write("key", policy, {})
     store.checkpoints.folder("key")
-    path = store.file("key", "policy", "model.safetensors")
-    path.chmod(0o644)
-    path.write_bytes(os.urandom(5000))
+    overwrite(store, store.get("key").files["model.safetensors"], os.urandom(5000))
     with pytest.raises(Damaged, match="SHA-256"):
         store.checkpoints.folder("key")
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores import Damaged, Missing, index, open_store
+from stores import Damaged, Missing, gradients, index, open_store
 from stores.gradients import row_ids
 from stores.store import Store
 

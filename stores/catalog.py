@@ -112,15 +112,19 @@ class Catalog:
                 for batch in chunk:
                     if batch not in known:
                         raise Missing(f"batch {batch!r} is not in the catalog {self.name}; commit it first")
-                    if seals.of_counts(counted[batch]) != known[batch]:
+                    if not seals.match(known[batch], counted[batch]):
                         raise Damaged(self._broken(f"the counts of {batch} are not what was committed"))
                     found += [(batch, *count) for count in counted[batch]]
         return found
 
     def files(self) -> list[tuple[str, str, File]]:
-        """Every (artifact key, file name, file), artifacts in the order of their commits, files by name."""
+        """Every (artifact key, file name, file), artifacts in the order of their commits, files by name.
+
+        Raises:
+            Damaged: a row is not what was committed, or has vanished.
+        """
         with self.database.transaction() as connection:
-            return rows.read_files(connection)
+            return self._files(connection)
 
     def retire(self, key: str) -> None:
         """Hide an artifact; the collector removes it, and the files that nothing else names, after its grace period.
@@ -145,25 +149,37 @@ class Catalog:
         Args:
             retired_before: Artifacts that were retired earlier than this (seconds since 1970), and whose key nobody
                 leases, are removed first.
+
+        Raises:
+            Damaged: a row is not what was committed, or has vanished: what it referenced is then not known.
         """
         with self.database.transaction(write=True) as connection:
             rows.remove_retired(connection, retired_before, time.time())
-            yield {file.digest for _, _, file in rows.read_files(connection)}
+            yield {file.digest for _, _, file in self._files(connection)}
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the catalog itself: pages, seals, counts, vanished artifacts."""
         found = self.database.problems()
         with self.database.transaction() as connection:
-            listed = connection.execute(sql.select(schema.artifacts).order_by(schema.artifacts.c.number)).all()
-            for row in listed:
+            listed = list(rows.read_all(connection))
+            for row, files, inputs in listed:
                 try:
-                    self._artifact(connection, row)
+                    rows.checked(row, files, inputs)
                 except Damaged as error:
-                    found.append(str(error))
-                if seals.of_counts(rows.read_counts(connection, [row.key])[row.key]) != row.counts:
+                    found.append(self._broken(str(error)))
+                if not seals.match(row.counts, rows.read_counts(connection, [row.key])[row.key]):
                     found.append(self._broken(f"the counts of {row.key} are not what was committed"))
             expected = rows.head(connection, "artifacts")
         return found + ([self._vanished(len(listed), expected)] if len(listed) != expected else [])
+
+    def _files(self, connection: sql.Connection) -> list[tuple[str, str, File]]:
+        try:
+            artifacts = [rows.checked(*one) for one in rows.read_all(connection)]
+        except Damaged as error:
+            raise Damaged(self._broken(str(error))) from error
+        if len(artifacts) != (expected := rows.head(connection, "artifacts")):
+            raise Damaged(self._vanished(len(artifacts), expected))
+        return [(artifact.key, name, file) for artifact in artifacts for name, file in artifact.files.items()]
 
     def _artifact(self, connection: sql.Connection, row: Any) -> Artifact:
         try:

@@ -68,7 +68,8 @@ def _delete_old(path: Path, limit: float) -> bool:
     try:
         if path.stat().st_mtime > limit:
             return False
-        shutil.rmtree(path) if path.is_dir() else disk.unlink(path)
+        with disk.remedied(path):
+            shutil.rmtree(path) if path.is_dir() else disk.unlink(path)
     except FileNotFoundError:  # a temporary that got its final name, or another collector's work
         return False
     return True

@@ -114,8 +114,9 @@ class Objects:
 
     def delete(self, digest: str) -> None:
         """Remove an object; one that is gone already is no error."""
-        with suppress(FileNotFoundError):
-            disk.unlink(self.folder / digest[:2] / digest)
+        path = self.folder / digest[:2] / digest
+        with suppress(FileNotFoundError), disk.remedied(path):
+            disk.unlink(path)
 
     def _listing(self) -> Iterator[tuple[str, float]]:
         for path in self.folder.glob("*/*"):

@@ -30,18 +30,43 @@ def read(connection: sql.Connection, row: Any) -> Artifact:
     Raises:
         Damaged: the rows are not what was committed.
     """
-    query = sql.select(schema.files).where(schema.files.c.artifact == row.key)
-    files = {file.name: File(file.digest, file.size) for file in connection.execute(query)}
-    inputs = read_inputs(connection, row.key)
-    if row.seal != _seal(row._mapping, files, inputs):
+    files = connection.execute(sql.select(schema.files).where(schema.files.c.artifact == row.key)).all()
+    inputs = connection.scalars(sql.select(schema.inputs.c.input).where(schema.inputs.c.artifact == row.key)).all()
+    return checked(row, files, list(inputs))
+
+
+def read_all(connection: sql.Connection) -> Iterator[tuple[Any, list[Any], list[str]]]:
+    """Every artifact, retired or not, as its rows for `checked`, in the order of their commits."""
+    files: dict[str, list[Any]] = {}
+    inputs: dict[str, list[str]] = {}
+    for file in connection.execute(sql.select(schema.files)):
+        files.setdefault(file.artifact, []).append(file)
+    for edge in connection.execute(sql.select(schema.inputs)):
+        inputs.setdefault(edge.artifact, []).append(edge.input)
+    for row in connection.execute(sql.select(schema.artifacts).order_by(schema.artifacts.c.number)).all():
+        yield row, files.get(row.key, []), inputs.get(row.key, [])
+
+
+def checked(row: Any, files: Sequence[Any], inputs: Sequence[str]) -> Artifact:
+    """The artifact of its rows.
+
+    Raises:
+        Damaged: they are not what was committed.
+    """
+    by_name = {file.name: File(file.digest, file.size) for file in files}
+    try:
+        whole = row.seal == _seal(row._mapping, by_name, inputs)
+    except (ValueError, TypeError):  # a value of another type
+        whole = False
+    if not whole:
         raise Damaged(f"the entry of {row.key} is not what was committed")
     return Artifact(
         row.key,
         row.kind,
         json.loads(row.meta),
-        {name: files[name] for name in sorted(files)},
+        {name: by_name[name] for name in sorted(by_name)},
         identity=json.loads(row.identity) if row.identity else None,
-        inputs=tuple(inputs),
+        inputs=tuple(sorted(inputs)),
         origin=json.loads(row.origin) if row.origin else {},
         created_at=row.created_at,
     )
@@ -84,18 +109,6 @@ def keys_in(value: Any) -> set[str]:
     return set()
 
 
-def read_inputs(connection: sql.Connection, key: str) -> list[str]:
-    """The keys that an artifact was made from, sorted."""
-    return sorted(connection.scalars(sql.select(schema.inputs.c.input).where(schema.inputs.c.artifact == key)))
-
-
-def read_files(connection: sql.Connection) -> list[tuple[str, str, File]]:
-    """Every (artifact key, file name, file), artifacts in the order of their commits, files by name."""
-    query = sql.select(schema.artifacts.c.number, schema.files).join_from(schema.artifacts, schema.files)
-    rows = sorted(connection.execute(query), key=lambda row: (row.number, row.name))
-    return [(row.artifact, row.name, File(row.digest, row.size)) for row in rows]
-
-
 def read_counts(connection: sql.Connection, batches: Sequence[str]) -> dict[str, list[Count]]:
     """The counts of each batch, in the order of its commit."""
     found: dict[str, list[Count]] = {batch: [] for batch in batches}
@@ -103,7 +116,7 @@ def read_counts(connection: sql.Connection, batches: Sequence[str]) -> dict[str,
     query = sql.select(table.batch, table.prompt_uid, table.successes, table.failures).order_by(table.position)
     for chunk in chunks(batches):
         for row in connection.execute(query.where(table.batch.in_(chunk))):
-            found[row.batch].append((row.prompt_uid, row.successes, row.failures))
+            found.setdefault(row.batch, []).append((row.prompt_uid, row.successes, row.failures))
     return found
 
 

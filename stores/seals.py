@@ -24,6 +24,14 @@ def of_counts(counts: Iterable[tuple[str, int, int]]) -> str:
     return of_text("".join(f"{len(uid)}:{uid}{successes},{failures};" for uid, successes, failures in counts))
 
 
+def match(seal: str, counts: Iterable[tuple[str, int, int]]) -> bool:
+    """Whether belief counts are those that were sealed."""
+    try:
+        return of_counts(counts) == seal
+    except TypeError:  # a value of another type
+        return False
+
+
 def of_text(text: str) -> str:
     """The SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -17,7 +17,10 @@ from typing import Any
 
 def main() -> None:
     """Serve requests until the input ends."""
-    from stores import catalog, gradients, remote, store, trajectories  # noqa: F401  a child shall not import
+    import psycopg  # noqa: F401  a child shall not import
+    import sqlalchemy.dialects.postgresql.psycopg
+
+    import stores.beliefs  # noqa: F401
 
     print("ready", flush=True)
     for line in sys.stdin:

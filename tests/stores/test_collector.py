@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from stores import open_store
+from stores import Damaged, open_store
 from stores.collector import collect, orphans
 from stores.store import Store
 from stores.verification import verify
@@ -183,3 +183,14 @@ def test_readers_keep_their_version(
     assert len(uids) == len(norms) == 50
     assert [row for part in reading for row in part["verdict"]] == rollouts(0)["verdict"]
     assert all(verdict.wrong is None for verdict in verify(store))
+
+
+def test_a_damaged_catalog_is_not_collected(store: Store) -> None:
+    """Where the catalog's rows are not what was committed, nothing is deleted: what they referenced is not known."""
+    store.record("key", "t", {}, {"f": b"kept"})
+    file = store.get("key").files["f"]
+    with store.catalog.database.transaction(write=True) as connection:
+        connection.exec_driver_sql(f"update files set digest = '{'0' * 64}'")
+    with pytest.raises(Damaged, match="the entry of key"):
+        collect(store, grace_seconds=0)
+    assert store.objects.exists(file)

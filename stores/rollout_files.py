@@ -98,12 +98,12 @@ def _read_lines(file: Path) -> dict[str, list[Any]]:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is not JSON: {error}; export it again") from error
             if not isinstance(row, dict):

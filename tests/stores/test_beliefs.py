@@ -1,12 +1,17 @@
 """Beliefs: whole counts, batch by batch, each batch once."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from stores import Missing, open_store
+from pipeline.beliefs import from_history
+from stores import Missing, StoreError, open_store
+from stores.merge import merge
 from stores.store import Store
 
 
@@ -52,3 +57,113 @@ def test_replays_and_reopening_change_nothing(tmp_path_factory: pytest.TempPathF
             store = open_store(root)
         ledger = [(key, *count) for key, counts in model.items() for count in counts]
         assert store.catalog.counts(list(model)) == ledger
+
+
+class Counting(RuleBasedStateMachine):
+    """Batches applied, replayed, interrupted, merged and read again, beside a dict that counts each once."""
+
+    fresh: ClassVar[Callable[[], tuple[Any, ...]]]
+    """Gives a place for a store, as `open_store` takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place, self.elsewhere = self.fresh(), self.fresh()
+        self.store = open_store(*self.place)
+        self.other = open_store(*self.elsewhere)
+        self.model: dict[str, dict[str, tuple[int, int]]] = {}
+
+    @rule(number=st.integers(0, 5), seed=st.integers(0, 3))
+    def apply(self, number: int, seed: int) -> None:
+        """Apply a batch, or replay it; the same key never means anything else."""
+        counts = [(f"p{(number + step) % 4}", (number + seed) % 3, step) for step in range(3)]
+        key = f"batch-{number}-{seed}"
+        self.store.beliefs.apply(key, counts, {})
+        self.model[key] = {uid: (won, lost) for uid, won, lost in counts}
+
+    @rule(number=st.integers(0, 5), place=st.integers(1, 12), told=st.booleans())
+    def crash(self, number: int, place: int, told: bool) -> None:
+        """The n-th statement of a commit fails, before or after it is done; then the step is repeated, or not."""
+        dialect, calls = self.store.catalog.database._engine.dialect, iter(range(1, 100))
+        error, key = dialect.loaded_dbapi.OperationalError, f"crash-{number}"
+
+        def wrap(operation: Any) -> Any:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                bad = next(calls) == place
+                if bad and not told:
+                    raise error("gone")
+                result = operation(*args, **kwargs)
+                if bad:
+                    raise error("gone")
+                return result
+
+            return wrapped
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("do_execute", "do_executemany", "do_commit"):
+                patch.setattr(dialect, name, wrap(getattr(dialect, name)))
+            with suppress(StoreError):
+                self.store.beliefs.apply(key, [("p0", number, 1)], {})
+        if self.store.done(key):
+            self.model[key] = {"p0": (number, 1)}
+
+    @rule()
+    def reopen(self) -> None:
+        """The process ends, and another goes on."""
+        self.store = open_store(*self.place)
+
+    @rule(number=st.integers(0, 3))
+    def elsewhere_too(self, number: int) -> None:
+        """Another store has a batch, perhaps one that this one has too; the two are merged."""
+        key = f"merged-{number}"
+        self.other.beliefs.apply(key, [("p1", number, number)], {})
+        merge(self.store, self.other)
+        for key in self.other.catalog.keys():
+            self.model[key] = {"p1": (int(key[-1]), int(key[-1]))}
+
+    @invariant()
+    def every_batch_counts_once(self) -> None:
+        """The ledger has the model's batches, and the counts are their sums."""
+        keys = self.store.catalog.keys()
+        assert set(keys) == set(self.model)
+        expected: dict[str, tuple[int, int]] = {}
+        for batch in self.model.values():
+            for uid, (won, lost) in batch.items():
+                before = expected.get(uid, (0, 0))
+                expected[uid] = before[0] + won, before[1] + lost
+        assert self.store.beliefs.totals(keys) == expected
+        with self.store.catalog.database.transaction() as connection:
+            row = connection.exec_driver_sql("select count(*), sum(successes), sum(failures) from counts").one()
+        assert tuple(int(n or 0) for n in row[1:]) == tuple(sum(t[i] for t in expected.values()) for i in range(2))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("catalog", ["sqlite", "postgres"])
+def test_batches_count_exactly_once(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, torture: int, catalog: str
+) -> None:
+    """Under replays, crashes at any statement, reopening and merges, every batch is counted once and none is lost."""
+    database = request.getfixturevalue("postgres") if catalog == "postgres" else lambda: None
+
+    class Here(Counting):
+        fresh = staticmethod(lambda: (tmp_path_factory.mktemp("store"), database(), None))
+
+    examples = (8 if catalog == "sqlite" else 4) * torture
+    run_state_machine_as_test(Here, settings=settings(max_examples=examples, stateful_step_count=15, deadline=None))
+
+
+def test_reading_with_a_discount_changes_nothing(store: Store) -> None:
+    """Any discount is applied by the reader: to recorded visits, or to their age; what is kept stays as it was."""
+    for number in range(3):
+        store.beliefs.apply(f"batch-{number}", [("p", number, 4 - number)], {"step": 10 * number})
+    keys = [f"batch-{number}" for number in range(3)]
+    history = store.beliefs.history(keys)
+    beliefs = {rate: from_history(["p"], history, discount=rate) for rate in (1.0, 0.5)}
+    assert [float(value[0]) for value in beliefs[1.0]] == [1 + 0 + 1 + 2, 1 + 4 + 3 + 2]
+    alpha = 0.5 * (0.5 * (0.5 * 1 + 0.5 + 0) + 0.5 + 1) + 0.5 + 2
+    assert float(beliefs[0.5][0][0]) == alpha
+    visits = store.beliefs.visits(keys)["p"]
+    now = max(visit.committed_at for visit in visits)
+    aged = sum(visit.successes * 0.5 ** ((now - visit.committed_at).total_seconds() / 3600) for visit in visits)
+    assert aged == pytest.approx(3, rel=0.01)
+    assert [(visit.successes, visit.failures) for visit in visits] == history["p"] == store.beliefs.history(keys)["p"]
+    assert [store.meta(visit.batch)["step"] for visit in visits] == [0, 10, 20]

@@ -1,5 +1,5 @@
 # Each target sets up what it needs, once, in .venv; a second call finds it there.
-.PHONY: help demo test check bench growth smollm2 seeds
+.PHONY: help demo test torture check bench growth smollm2 seeds
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -28,6 +28,10 @@ smollm2: $(VENV)/base  ## the same loop on a pretrained model: SmolLM2-135M-Inst
 
 test: $(VENV)/dev  ## set up, and run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+
+torture: $(VENV)/dev  ## kill, damage and cut the power of the stores for long: 500 rounds of each; about half an hour
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --torture 25 --timeout 3600 tests/stores/test_kill.py tests/stores/test_power_loss.py \
+	    tests/stores/test_faults.py tests/stores/test_beliefs.py tests/stores/test_trajectories.py
 
 check: $(VENV)/dev  ## format, lint, types, tests
 	$(BIN)/ruff format --check .

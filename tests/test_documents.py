@@ -20,7 +20,10 @@ TEXTS = sorted(
     for place in (*PACKAGES, ".ci")
     for path in (ROOT / place).rglob("*")
     if path.suffix in (*DATA, ".md", "") and path.is_file()
-) + [ROOT / n for n in ("README.md", "METHODS.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")]
+) + [
+    ROOT / n
+    for n in ("README.md", "METHODS.md", "STORES.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")
+]
 
 
 @pytest.fixture
@@ -73,6 +76,15 @@ def test_methods_names_settings_that_exist():
     assert named
     for section, key in named:
         assert key in Config.model_fields[section].annotation.model_fields, f"{section}.{key}"
+
+
+def test_every_promise_has_its_tests():
+    """STORES.md has fourteen promises, and each names tests that exist."""
+    rows = re.findall(r"^\| P(\d+) \| .* \| (.*) \|$", (ROOT / "STORES.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _ in rows] == list(range(1, 15))
+    for _, tests in rows:
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
+        assert named and all(f"def {test}(" in (ROOT / file).read_text() for file, test in named), tests
 
 
 def test_every_command_has_help():

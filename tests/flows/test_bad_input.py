@@ -19,6 +19,7 @@ from flows.config import Config, to_toml
 from flows.progress import Reporter
 from flows.run import run
 from stores import open_store
+from stores.verification import verify
 from tests.flows.tiny import keys_of, quiet
 
 Settle = Callable[..., Config]
@@ -56,7 +57,7 @@ def refused(config: Config, folder: Path, error: type[Exception] | tuple[type[Ex
     with pytest.raises(error) as caught:
         quiet(config, folder)
     assert before <= keys_of(folder)
-    assert not [wrong for _, _, _, wrong in open_store(folder / "store").verify() if wrong]
+    assert not [verdict.wrong for verdict in verify(open_store(folder / "store")) if verdict.wrong]
     return str(caught.value)
 
 

@@ -93,6 +93,15 @@ def test_failures_are_1(capsys: pytest.CaptureFixture[str], file: str, tmp_path:
     assert not Path("runs").exists()
 
 
+def test_passwords_are_refused_and_not_repeated(capsys: pytest.CaptureFixture[str], file: str):
+    """A database URL with a password is refused before it is written anywhere, and the message does not repeat it."""
+    text = Path(file).read_text().replace('catalog = ""', 'catalog = "postgresql+psycopg://me:secret@host/x"')
+    Path(file).write_text(text)
+    assert main(["select", file]) == 2
+    error = capsys.readouterr().err
+    assert "catalog" in error and "PGPASSWORD" in error and "secret" not in error
+
+
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]):
     """``recipes`` prints the names, plainly and as JSON."""
     assert answer(capsys, "recipes") == {"recipes": recipes()}
@@ -104,8 +113,65 @@ def test_a_store_is_described_and_verified(capsys: pytest.CaptureFixture[str], b
     """``status`` counts what the store holds, ``verify`` reads every file of it, ``gc`` deletes nothing that is new."""
     status = answer(capsys, "status", str(begun))
     assert {"policy", "prompts", "rollouts", "selection"} <= set(status)
+    checked = answer(capsys, "verify", str(begun))
+    assert checked["damaged"] == [] and checked["files"] > 10 and checked["MiB_per_second"] > 0
+    assert answer(capsys, "gc", str(begun)) == {"objects": 0, "temporaries": 0}
+
+
+def test_garbage_is_collected_after_its_grace_period(capsys: pytest.CaptureFixture[str], begun: Path):
+    """``gc --grace 0`` deletes what nothing refers to, however young, and nothing else."""
+    (begun / "store" / "tmp" / "half").write_bytes(b"written")
+    assert answer(capsys, "gc", str(begun), "--grace", "1") == {"objects": 0, "temporaries": 0}
+    assert answer(capsys, "gc", str(begun), "--grace", "0") == {"objects": 0, "temporaries": 1}
     assert answer(capsys, "verify", str(begun))["damaged"] == []
-    assert answer(capsys, "gc", str(begun)) == {"deleted": 0}
+    assert main(["gc", str(begun), "--grace", "-1"]) == 1
+    assert "grace" in capsys.readouterr().err
+
+
+def test_stores_are_merged(capsys: pytest.CaptureFixture[str], begun: Path, finished: Any):
+    """``merge`` copies what the other run directory has and this one lacks, once."""
+    before = keys_of(begun)
+    found = answer(capsys, "merge", str(begun), str(finished[0]))
+    assert keys_of(begun) == before | keys_of(finished[0])
+    assert found == {"copied": len(keys_of(begun)) - len(before), "present": len(keys_of(finished[0]) & before)}
+    assert answer(capsys, "merge", str(begun), str(finished[0]))["copied"] == 0
+    assert answer(capsys, "verify", str(begun))["damaged"] == []
+
+
+def test_lineage_goes_back_to_policy_settings_and_code(capsys: pytest.CaptureFixture[str], finished: Any):
+    """``lineage`` of a selection finds scores, gradients, rollouts and policy, the settings' key and the code's version."""
+    folder = finished[0]
+    manifest = json.loads((folder / "export" / "manifest.json").read_text())
+    selection = manifest["stages"][-1]["selection"]
+    found = answer(capsys, "lineage", str(folder), selection)
+    assert {"selection", "scores", "gradients", "trajectories", "policy", "prompts"} <= {
+        f["kind"] for f in found.values()
+    }
+    assert all(facts["kind"] for facts in found.values()), "every input is in the store"
+    assert {tuple(facts["origin"]) for facts in found.values()} == {("code", "settings")}
+    assert {key: manifest["lineage"][key]["inputs"] for key in found} == {k: f["inputs"] for k, f in found.items()}
+    settings = found[selection]["origin"]["settings"]
+    assert answer(capsys, "lineage", str(folder), settings)[settings]["kind"] == "settings"
+    assert main(["lineage", str(folder), "selection-absent"]) == 1
+
+
+def test_one_process_writes_to_a_run(capsys: pytest.CaptureFixture[str], begun: Path, file: str):
+    """While another process goes on with a run, a second is refused, by the name of the first, and does nothing."""
+    program = f"""
+import sys, time
+from pathlib import Path
+from stores import open_store
+with open_store(Path({str(begun / "store")!r})).hold("run tiny", seconds=1.0):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    before = keys_of(begun)
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        assert main(["select", file, "--dir", str(begun)]) == 1
+        assert f":{holder.pid}:" in capsys.readouterr().err
+        assert keys_of(begun) == before
+        holder.kill()
 
 
 def test_damage_is_3(capsys: pytest.CaptureFixture[str], begun: Path):

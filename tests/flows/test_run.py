@@ -14,6 +14,7 @@ import pytest
 from flows.config import Config, load_config
 from pipeline.records import REASONS
 from stores import open_store
+from stores.verification import verify
 from tests.flows.killed import COMPUTED
 from tests.flows.tiny import keys_of, quiet, timeless
 
@@ -209,3 +210,19 @@ def test_weights_that_are_off_are_reported_as_the_identity(settle: Settle, finis
     assert [s["diem_identity"] for s in summary["runs"][0]["arms"]["curriculum"]["stages"]] == [True, True]
     stages = finished[1]["runs"][0]["arms"]["curriculum"]["stages"]
     assert [s["diem_identity"] for s in stages] == [True, False, False]
+
+
+def test_other_places_change_nothing(
+    settle: Settle, postgres: Callable[[], str], bucket: Callable[[], str], tmp_path: Path
+):
+    """The same run with its catalog in PostgreSQL and its objects in S3, by URL alone, selects the same, byte for byte."""
+    here, there = settle(**SHORT), settle(**SHORT, catalog=postgres(), objects=bucket())
+    for name, config in (("here", here), ("there", there)):
+        quiet(config, tmp_path / name)
+    assert not (tmp_path / "there" / "store" / "catalog.sqlite").exists()
+    for name in ("selection.parquet", "data/stage_01/train.parquet"):
+        assert (tmp_path / "here/export" / name).read_bytes() == (tmp_path / "there/export" / name).read_bytes()
+    again = open_store(tmp_path / "elsewhere", there.catalog, there.objects)
+    assert all(verdict.wrong is None for verdict in verify(again))
+    keys = again.catalog.keys()
+    assert len(keys) > 10 and {key for key in keys if not key.startswith("settings")} <= keys_of(tmp_path / "here")

@@ -11,16 +11,15 @@ import os
 import signal
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
     """Serve requests until the input ends."""
-    import psycopg  # noqa: F401  a child shall not import
-    import sqlalchemy.dialects.postgresql.psycopg
-
-    import stores.beliefs  # noqa: F401
+    for module in ("psycopg", "sqlalchemy.dialects.postgresql.psycopg", "stores.beliefs", "stores.catalog"):
+        import_module(module)  # a child shall not import
 
     print("ready", flush=True)
     for line in sys.stdin:

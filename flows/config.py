@@ -207,7 +207,7 @@ class Config(Section):
     @field_validator("catalog", "objects")
     @classmethod
     def _without_secrets(cls, url: str) -> str:
-        if urlsplit(url).password is not None:
+        if urlsplit(url).password:
             message = "the URL has a password, and settings are kept and shown: use PGPASSWORD or ~/.pgpass instead"
             raise PydanticCustomError("secret", message)
         return url

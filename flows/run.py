@@ -42,7 +42,8 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
     ):
         key = store.key("settings", toml=settings)
         store.origin = {"code": code_version(), "settings": key}
-        store.record(key, "settings", {}, {"config.toml": settings.encode()})
+        if not store.done(key):
+            store.record(key, "settings", {}, {"config.toml": settings.encode()})
         yield Desk(config, folder, store, verifiers, reporter)
 
 

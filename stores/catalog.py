@@ -50,7 +50,8 @@ class Catalog:
             lease: What the committing process holds; a lease that somebody else has taken over is refused.
 
         Returns:
-            The stored artifact. The same key with the same content is a no-op, and takes back a retirement.
+            The stored artifact. The same key with the same content, however long it took to make, is a no-op, and takes
+            back a retirement.
 
         Raises:
             Conflict: the key is taken by other content; the message says what differs.

@@ -97,7 +97,11 @@ def check_counts(counts: Sequence[Count]) -> None:
 
 
 def differences(stored: Artifact, offered: Artifact) -> list[str]:
-    """Name what two artifacts of one key differ in: the kind, entries of meta, files."""
+    """Name what two artifacts of one key differ in: the kind, entries of meta, files.
+
+    What a clock measured (`seconds`, `seconds_...`, at any depth of meta) is no difference: the same work done twice
+    is the same artifact.
+    """
     found = [] if stored.kind == offered.kind else [f"kind ({stored.kind!r}, not {offered.kind!r})"]
     for name in sorted(stored.meta.keys() | offered.meta.keys()):
         if _spelled(stored.meta, name) != _spelled(offered.meta, name):
@@ -109,4 +113,14 @@ def differences(stored: Artifact, offered: Artifact) -> list[str]:
 
 
 def _spelled(meta: dict[str, Any], name: str) -> str | None:
-    return canonical(meta[name]) if name in meta else None
+    return canonical(_timeless(meta[name])) if name in meta and not _is_clocked(name) else None
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _timeless(item) for name, item in value.items() if not _is_clocked(name)}
+    return [_timeless(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_clocked(name: Any) -> bool:
+    return name == "seconds" or str(name).startswith("seconds_")

@@ -117,8 +117,8 @@ class Counting(RuleBasedStateMachine):
         key = f"merged-{number}"
         self.other.beliefs.apply(key, [("p1", number, number)], {})
         merge(self.store, self.other)
-        for key in self.other.catalog.keys():
-            self.model[key] = {"p1": (int(key[-1]), int(key[-1]))}
+        merged = self.other.catalog.keys()
+        self.model |= {key: {"p1": (int(key[-1]), int(key[-1]))} for key in merged}
 
     @invariant()
     def every_batch_counts_once(self) -> None:

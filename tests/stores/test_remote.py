@@ -85,7 +85,7 @@ def test_an_absent_bucket_and_an_absent_server_are_named(
 ) -> None:
     """Nothing is committed when the bucket is not there, or the server does not answer; and all is when it does."""
     store = open_store(tmp_path / "one", None, "s3://absent/x")
-    with pytest.raises(StoreError, match="s3://absent/x.*create the bucket"):
+    with pytest.raises(StoreError, match=r"s3://absent/x.*create the bucket"):
         store.record("key", "t", {}, {"f": b"x"})
     url = bucket()
     with monkeypatch.context() as patch:

@@ -59,6 +59,8 @@ def to_array(name: str, values: Column, kind: pa.DataType | None = None) -> pa.A
 
 def to_values(column: pa.ChunkedArray) -> list[Any]:
     """The rows of a column: lists of numbers as writable NumPy arrays, everything else as plain Python values."""
+    if pa.types.is_dictionary(column.type):  # a Python value for each entry of a dictionary is slow to come by
+        column = column.cast(column.type.value_type)
     kind = column.type
     if not (pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type)) or column.null_count:
         return list(column.to_pylist())

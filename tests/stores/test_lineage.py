@@ -17,8 +17,7 @@ def test_everything_behind_a_selection_is_found(store: Store) -> None:
     for key in (policy, rollouts, gradients, scores):
         store.record(key, key.split("-")[0], {}, {"f": key.encode()})
     found = lineage(store, scores)
-    assert list(found) == [scores, gradients, policy, rollouts] or set(found) == {scores, gradients, policy, rollouts}
-    assert next(iter(found)) == scores
+    assert set(found) == {scores, gradients, policy, rollouts} and next(iter(found)) == scores
     assert found[scores]["inputs"] == [gradients]
     assert found[gradients]["inputs"] == sorted([policy, rollouts])
     assert found[rollouts]["identity"] == {"policy": policy, "seed": 1}

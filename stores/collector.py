@@ -16,6 +16,7 @@ from stores.remote import RemoteObjects
 from stores.store import Store
 
 DAY = 86400.0
+_SKEW = 60.0  # seconds that the clock of a bucket, in whole seconds, may be behind the one that dates leases
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def collect(store: Store, grace_seconds: float = DAY) -> Collected:
     if grace_seconds < 0:
         raise ValueError(f"grace_seconds = {grace_seconds}: give a period of 0 seconds or more")
     began, oldest = time.time(), store.leases.oldest()
-    limit = began - grace_seconds if oldest is None else min(began - grace_seconds, oldest)
+    limit = began - grace_seconds if oldest is None else min(began - grace_seconds, oldest - _SKEW)
     with store.catalog.exclusive(retired_before=began - grace_seconds) as referenced:
         old = [digest for digest, put in store.objects.listing() if put <= limit and digest not in referenced]
         for digest in old:

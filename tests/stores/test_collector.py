@@ -77,7 +77,7 @@ class Collecting(RuleBasedStateMachine):
 
     @rule(grace=st.sampled_from([500.0, 5000.0]))
     def collect(self, grace: float) -> None:
-        old = max(grace, self.lease[1] if self.lease else 0.0)
+        old = max(grace, self.lease[1] + 60.0 if self.lease else 0.0)
         gone = {key: digest for key, (digest, age) in self.retired.items() if age > grace}
         for key, digest in gone.items():  # its file was put before it was retired: at least as old
             self.loose[digest] = self.retired.pop(key)[1]

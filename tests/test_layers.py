@@ -19,8 +19,8 @@ FORBIDDEN = {
     "flows": set(),
 }
 DOORS = {
-    "transformers": {"pipeline/policy.py", "pipeline/embedded/warm_start.py"},
-    "peft": {"pipeline/policy.py"},
+    "transformers": {"pipeline/policy.py", "pipeline/pretrained.py", "pipeline/embedded/warm_start.py"},
+    "peft": {"pipeline/pretrained.py"},
     "tokenizers": {"pipeline/embedded/warm_start.py"},
     "datasets": {"pipeline/prompts.py"},
     "vllm": set(),

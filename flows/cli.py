@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         ("export", "run the loop if need be, and write the stages as a dataset"),
         ("report", "run the loop if need be, and write the report"),
         ("import", "check rollouts made elsewhere against the pool, and store those that match"),
+        ("rescore", "score another run's stored rollouts with this run's verifiers; no new rollouts"),
     ):
         with_run(add(name, text))
     for name, text in (

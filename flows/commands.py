@@ -15,6 +15,9 @@ __all__ = ["StoreError", "dispatch"]
 
 Result = tuple[dict[str, Any], int]
 
+BRINGING = {"import": ("import_rollouts", "the file"), "rescore": ("rescore", "the directory of the other run")}
+"""Commands that bring rollouts in and do no more: their step, and what ``evidence.path`` is for them."""
+
 
 def dispatch(arguments: argparse.Namespace) -> Result:
     """Run the command and return (result to print, exit code)."""
@@ -31,8 +34,8 @@ def dispatch(arguments: argparse.Namespace) -> Result:
         return _validity(arguments, config, folder, reporter)
     if arguments.command in SINGLE:
         return _single(config, folder, reporter, SINGLE[arguments.command][0], arguments.stage)
-    if arguments.command == "import":
-        return _import(config, folder, reporter)
+    if arguments.command in BRINGING:
+        return _bring(config, folder, reporter, arguments.command)
     return _run(arguments, config, folder, reporter)
 
 
@@ -110,28 +113,26 @@ def _validity(arguments: argparse.Namespace, config: Config, folder: Path, repor
     return result if arguments.json else validity.tell(result), 0
 
 
-def _import(config: Config, folder: Path, reporter: Reporter) -> Result:
+def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Result:
     from flows.curriculum import Do
     from flows.run import open_desk, plain
     from flows.story import count_rollouts
 
-    if config.evidence.source != "import":
+    step, place = BRINGING[command]
+    if config.evidence.source != command:
         raise ValueError(
-            f"evidence.source = {config.evidence.source!r}: set it to 'import', and evidence.path to the file"
+            f"evidence.source = {config.evidence.source!r}: set it to {command!r}, and evidence.path to {place}"
         )
     with open_desk(config, folder, reporter) as desk:
         do = Do(desk, plain)
-        keys = do("import_rollouts", do("prompts", do("start_policy")))
+        keys = do(step, do("prompts", do("start_policy")))
         return {"keys": keys, "rollouts": count_rollouts(desk, keys)}, 0
 
 
 def _store(folder: Path) -> Any:
-    from stores import open_store
+    from flows.collecting import open_other
 
-    if not (folder / "store").is_dir():
-        raise FileNotFoundError(f"dir {str(folder)!r} holds no store: give the directory of a run, such as runs/demo")
-    config = load_config(folder / "config.toml")
-    return open_store(folder / "store", config.catalog or None)
+    return open_other(folder)
 
 
 def _status(store: Any) -> Result:

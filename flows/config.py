@@ -92,8 +92,8 @@ class Verifiers(Section):
 class Evidence(Section):
     """``[evidence]``: where the rollouts come from that the first selection rests on."""
 
-    source: Literal["collect", "import", "first_stage"] = "first_stage"
-    path: str = ""
+    source: Literal["collect", "import", "rescore", "first_stage"] = "first_stage"
+    path: str = ""  # to import: a file or a folder of files; to rescore: the directory of another run
     rollouts: int = Field(8, ge=2)  # a prompt, when collecting
     validation_rollouts: int = Field(32, ge=2)  # a validation prompt, fresh at each stage
     recent: int = Field(32, ge=2)  # stored rollouts of a prompt that its gradient rests on
@@ -217,10 +217,10 @@ class Config(Section):
                 f"prompts.source = 'embedded' needs policy.checkpoint = 'embedded', not {self.policy.checkpoint!r}: "
                 "its wrong labels are that policy's own mistakes"
             )
-        if (self.evidence.source == "import") != bool(self.evidence.path):
+        if (self.evidence.source in ("import", "rescore")) != bool(self.evidence.path):
             raise ValueError(
                 f"evidence.source = {self.evidence.source!r} with evidence.path = {self.evidence.path!r}: "
-                "a path is needed to import, and only then"
+                "a path is needed to import or to rescore, and only then"
             )
         if self.features.projection == "factored" and (self.features.keep < 1 or self.features.metric == "adam"):
             raise ValueError(

@@ -29,6 +29,11 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
     from pipeline.rewards import VerifierPool
     from stores import open_store
 
+    if config.evidence.source == "rescore" and Path(config.evidence.path).resolve() == folder.resolve():
+        raise ValueError(
+            f"evidence.path = {config.evidence.path!r} is this run's own directory: rollouts under other verdicts are "
+            "another run; give it another name, or another --dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)

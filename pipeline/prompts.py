@@ -9,6 +9,8 @@ import difflib
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ COLUMN_KEYS = ("path", "prompt", "ground_truth", "ability", "data_source", "veri
 FOLDER_KEYS = ("config", "split")
 GYM_KEYS = ("path", "size", "seed", "settings", "data_source", "verifier", "template")
 HASH_SEEDED = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
-"""Tasks whose entries change with PYTHONHASHSEED."""
+"""Tasks whose entries change with PYTHONHASHSEED; they are made in a process of their own, under seed 0."""
 
 
 def load_prompts(source: Mapping[str, Any]) -> Prompts:
@@ -188,13 +190,30 @@ def _gym_entries(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         raise ValueError(f"path = {source['path']!r}: reasoning-gym has no task {task!r}; did you mean one of {near}?")
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"size = {size!r} of {source['path']!r} must be a number of prompts, at least 1")
-    if task in HASH_SEEDED and os.environ.get("PYTHONHASHSEED", "random") == "random":
-        raise ValueError(
-            f"the entries of {source['path']!r} change with the hash seed; set PYTHONHASHSEED=0 and start again"
-        )
-    seed, settings = int(source.get("seed", 0)), source.get("settings", {})
-    entries: Iterable[dict[str, Any]] = reasoning_gym.create_dataset(task, seed=seed, size=size, **settings)
+    wanted = {"name": task, "seed": int(source.get("seed", 0)), "size": size, **source.get("settings", {})}
+    if task in HASH_SEEDED:
+        return _under_fixed_hash_seed(wanted)
+    try:
+        entries: Iterable[dict[str, Any]] = reasoning_gym.create_dataset(**wanted)
+    except (AssertionError, TypeError, ValueError) as err:  # its tasks check their settings by assert
+        raise ValueError(f"{source['path']!r} with settings = {source.get('settings', {})}: {err}; mend them") from err
     return entries
+
+
+def _under_fixed_hash_seed(wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the entries that a process with PYTHONHASHSEED=0 makes: the same ones on every day and machine."""
+    program = "import json, sys, reasoning_gym as g; print(json.dumps(list(g.create_dataset(**json.load(sys.stdin)))))"
+    made = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(wanted),
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode:
+        raise ValueError(f"reasoning-gym makes no entries with {wanted}: {made.stderr.strip().splitlines()[-1:]}")
+    return list(json.loads(made.stdout.splitlines()[-1]))
 
 
 def _gym_row(source: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -161,5 +161,5 @@ def _too_long(desk: Desk, policy: str, part: Prompts) -> list[str]:
 
     loaded, room = desk.load(policy), desk.config.sampling.max_new_tokens
     limit = loaded.context_length - room
-    lengths = (len(render(m, loaded.tokenizer, desk.config.policy.chat)) for m in part.messages)
-    return [uid for uid, length in zip(part.prompt_uid, lengths, strict=True) if length > limit]
+    chat, pairs = desk.config.policy.chat, zip(part.prompt_uid, part.messages, strict=True)
+    return [uid for uid, messages in pairs if len(render(messages, loaded.tokenizer, chat, uid)) > limit]

@@ -99,12 +99,24 @@ def export(desk: Desk, data: str, curriculum: Arm, controls: Sequence[str]) -> P
 
     stages = [_rows(desk, data, stage.selection, curriculum, stage) for stage in curriculum.stages]
     random = [_rows(desk, data, key, curriculum, stage) for key, stage in zip(controls, curriculum.stages, strict=True)]
+    with_images(stages + random)
     tables = [desk.store.curricula.read(stage.selection) for stage in curriculum.stages]
     names = list(dict.fromkeys(name for table in tables for name in table))
     selection = {name: [v for t in tables for v in t.get(name, [None] * len(t["stage"]))] for name in names}
     folder = desk.folder / "export"
     write_bundle(folder, stages, random, selection, _manifest(desk, data, curriculum), _card(desk, curriculum))
     return folder
+
+
+def with_images(subsets: Sequence[dict[str, list[Any]]]) -> None:
+    """Write the prompts of all subsets as parts, and their images beside them, where one of them is not plain text."""
+    from pipeline.messages import for_trainers, is_plain
+
+    if all(is_plain(messages) for columns in subsets for messages in columns["prompt"]):
+        return
+    for columns in subsets:
+        pairs = [for_trainers(messages) for messages in columns["prompt"]]
+        columns |= {"prompt": [turns for turns, _ in pairs], "images": [images for _, images in pairs]}
 
 
 def _arm(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:

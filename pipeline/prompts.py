@@ -16,12 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.messages import images_of, plain_text
 from pipeline.records import Prompts, canonical
 from pipeline.rows import rows_to_prompts
 from pipeline.verifiers import score_reasoning_gym
 
 PREFIX = "reasoning-gym/"
-COLUMN_KEYS = ("path", "prompt", "ground_truth", "ability", "data_source", "verifier", "template")
+COLUMN_KEYS = ("path", "prompt", "images", "ground_truth", "ability", "data_source", "verifier", "template")
 FOLDER_KEYS = ("config", "split")
 GYM_KEYS = ("path", "size", "seed", "settings", "data_source", "verifier", "template")
 HASH_SEEDED = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
@@ -36,6 +37,8 @@ def load_prompts(source: Mapping[str, Any]) -> Prompts:
             ``path``: a Hugging Face data set folder, a ``save_to_disk`` folder, a ``.parquet``, ``.jsonl`` or ``.json``
             file, or ``reasoning-gym/<task>``. ``config``, ``split`` (default train): of a folder.
             ``prompt``: column, a string or a list of messages (default prompt).
+            ``images``: column, the images for the parts without one and for ``<image>`` in texts (default: column
+            images, if there is one).
             ``ground_truth``: column; ``a.b`` reaches into a struct (default: the first present of
             ``pipeline.rows.GROUND_TRUTHS``).
             ``data_source``: column or literal (default: column data_source, else the file's stem).
@@ -91,18 +94,27 @@ def check_seed_ranges(sources: Mapping[str, Mapping[str, Any]] | Sequence[Mappin
                 )
 
 
-def render(messages: str, tokenizer: Any, chat: bool) -> list[int]:
+def render(messages: str, tokenizer: Any, chat: bool, uid: str = "") -> list[int]:
     """Return the token ids of a prompt, ready for a completion.
 
     Args:
         messages: canonical JSON of the messages.
         tokenizer: a Hugging Face tokenizer.
         chat: through the chat template; else the plain text, with whatever special tokens the tokenizer puts in front.
+        uid: names the prompt in errors.
 
     Raises:
-        ValueError: ``chat`` without a chat template.
+        ValueError: ``chat`` without a chat template, or a prompt with images, which no engine here can take.
     """
-    turns: list[dict[str, str]] = json.loads(messages)
+    turns: list[dict[str, Any]] = json.loads(messages)
+    pictures = images_of(turns)
+    if pictures:
+        raise ValueError(
+            f"prompt {uid or repr(plain_text(turns[-1]['content'])[:80])} holds {len(pictures)} image(s): rollouts and "
+            "gradients here take text alone; leave such rows out of the pool, or export the pool to a trainer that "
+            "takes images"
+        )
+    turns = [{**turn, "content": plain_text(turn["content"])} for turn in turns]
     if not chat:
         return [int(i) for i in tokenizer("\n\n".join(turn["content"] for turn in turns)).input_ids]
     if not getattr(tokenizer, "chat_template", None):
@@ -164,9 +176,8 @@ def _folder_rows(path: Path, config: str | None, split: str | None) -> list[dict
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if not saved:  # streamed, and with a cache of its own: no copy is left that could be stale next time
         with tempfile.TemporaryDirectory() as cache:
-            return list(
-                datasets.load_dataset(str(path), config, split=split or "train", streaming=True, cache_dir=cache)
-            )
+            data = datasets.load_dataset(str(path), config, split=split or "train", streaming=True, cache_dir=cache)
+            return list(data.decode(False))  # images stay the bytes that they are
     if config is not None:
         raise ValueError(
             f"config = {config!r} has no meaning for {str(path)!r}, which save_to_disk wrote; leave it out"
@@ -176,7 +187,7 @@ def _folder_rows(path: Path, config: str | None, split: str | None) -> list[dict
     wanted = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if wanted not in splits:
         raise ValueError(f"split = {wanted!r} is not in {str(path)!r}; it has {sorted(splits)}")
-    return list(splits[wanted])
+    return list(splits[wanted].to_iterable_dataset().decode(False))
 
 
 def _gym_entries(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:

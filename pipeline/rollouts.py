@@ -46,7 +46,7 @@ def collect(
     """
     row = {uid: i for i, uid in enumerate(prompts.prompt_uid)}
     requests = [
-        Request(uid, render(messages, tokenizer, chat), rollouts, seed)
+        Request(uid, render(messages, tokenizer, chat, uid), rollouts, seed)
         for uid, messages in zip(prompts.prompt_uid, prompts.messages, strict=True)
     ]
     for group in generate(requests, sampling):

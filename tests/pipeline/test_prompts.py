@@ -214,7 +214,11 @@ def test_template_is_literal(tmp_path):
         ([{"prompt": "q", "answer": "1"}, {"prompt": " ", "answer": "1"}], {}, "row 1 of .* has an empty prompt"),
         ([{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": None}], {}, "row 1 of .* has no answer"),
         ([{"prompt": "q", "answer": "1"}, {"answer": "1"}], {}, "row 1 of .* the prompt must be text"),
-        ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}], {}, "row 0 .* must be text"),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}],
+            {},
+            "row 0 .* or an image must be there",
+        ),
         (
             [{"prompt": [{"role": "system", "content": "s"}], "answer": "1"}],
             {"template": "{prompt}"},

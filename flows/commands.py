@@ -29,6 +29,8 @@ def dispatch(arguments: argparse.Namespace) -> Result:
     config = load_config(arguments.config)
     if arguments.seed is not None:
         config = config.model_copy(update={"seed": arguments.seed})
+    if arguments.command == "run" and (arguments.dry_run or arguments.completion_tokens or arguments.tflops):
+        return _dry_run(arguments, config, reporter)
     folder = arguments.dir or Path("runs") / config.name
     if arguments.command == "evaluate" and (arguments.validity or arguments.prompts is not None):
         return _validity(arguments, config, folder, reporter)
@@ -52,6 +54,17 @@ def _run(arguments: argparse.Namespace, config: Config, folder: Path, reporter: 
     _tell(reporter, summary)
     places = {"summary": folder / "summary.json", "export": folder / "export", "report": folder / "report.html"}
     return {name: str(path.absolute()) for name, path in places.items()}, 0
+
+
+def _dry_run(arguments: argparse.Namespace, config: Config, reporter: Reporter) -> Result:
+    from flows.dryrun import estimate, tell
+
+    if not arguments.dry_run:
+        raise ValueError("--completion-tokens and --tflops are expectations of --dry-run; add it, or leave them out")
+    found = estimate(config, completion_tokens=arguments.completion_tokens, tflops=arguments.tflops)
+    tell(reporter, found, arguments.seeds)
+    names = ("rollouts", "sampled", "computed", "disk", "memory", "seconds")
+    return found if arguments.json else {name: f"{found['total'][name]:.4g}" for name in names}, 0
 
 
 def _tell(reporter: Reporter, summary: dict[str, Any]) -> None:

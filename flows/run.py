@@ -34,13 +34,16 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
             f"evidence.path = {config.evidence.path!r} is this run's own directory: rollouts under other verdicts are "
             "another run; give it another name, or another --dir"
         )
+    from flows.dryrun import fitted
+
+    budgeted = fitted(config)
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)
     (folder / "config.toml").write_text(to_toml(config))
     store = open_store(folder / "store", config.catalog or None)
     with VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers:
-        yield Desk(config, folder, store, verifiers, reporter)
+        yield Desk(budgeted, folder, store, verifiers, reporter)
 
 
 def run(

@@ -21,13 +21,17 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def load_tokenizer(checkpoint: str | Path, *, chat_template: str = "") -> Any:
-    """Load the tokenizer of a checkpoint, without its weights; arguments and errors as in ``load_policy``."""
+def load_tokenizer(checkpoint: str | Path, *, chat_template: str = "", gguf: str = "") -> Any:
+    """Load the tokenizer of a checkpoint, without its weights; arguments and errors as in ``load_policy``.
+
+    ``gguf`` names a file in the checkpoint's folder that holds the tokenizer in the place of all others.
+    """
     from transformers import AutoTokenizer
 
-    refuse_unusable(Path(checkpoint))
+    if not gguf:
+        refuse_unusable(Path(checkpoint))
     with found(checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), padding_side="left", **options())
+        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), padding_side="left", **options(gguf))
     if chat_template:
         from jinja2 import TemplateError
 
@@ -42,8 +46,12 @@ def load_tokenizer(checkpoint: str | Path, *, chat_template: str = "") -> Any:
     return tokenizer
 
 
-def skeleton(checkpoint: str | Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32") -> Any:
+def skeleton(
+    checkpoint: str | Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32", gguf: str = ""
+) -> Any:
     """Return the model of a checkpoint without its weights, on the device ``meta``, from its configuration alone.
+
+    ``gguf`` names a file in the checkpoint's folder that holds the configuration.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder with a config nor a name the hub cache knows.
@@ -51,18 +59,19 @@ def skeleton(checkpoint: str | Path, *, lora: dict[str, Any] | None = None, dtyp
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    refuse_unusable(Path(checkpoint))
+    if not gguf:
+        refuse_unusable(Path(checkpoint))
     with found(checkpoint):
-        config = AutoConfig.from_pretrained(str(checkpoint), **options())
+        config = AutoConfig.from_pretrained(str(checkpoint), **options(gguf))
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         return add_adapter(model, None, lora, 0) if lora is not None else model
 
 
-def options() -> dict[str, bool]:
+def options(gguf: str = "") -> dict[str, Any]:
     """Return what every call of the library is told; its own progress bars are off from then on."""
     hush()
-    return {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
+    return {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"} | ({"gguf_file": gguf} if gguf else {})
 
 
 def refuse_unusable(folder: Path) -> None:

@@ -19,7 +19,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-CALLS = 40  # small operations in a layer's forward pass: about what the profiler counts in a Llama layer
+CALLS = 140  # small calls that a Llama layer's forward pass in Transformers takes as long as, as measured
+STEP_CALLS = 300  # the same of a step of generation besides its layers
 SKETCH = 1.9  # times reading a gradient once, as the benchmarks measure
 TABLE = 1 << 18  # bytes of a prompt in flight in the first stage of a sketch
 LOGITS = 3  # copies of the logits in float32: themselves, their logarithms, their gradient
@@ -132,7 +133,7 @@ def generation(
     operations = asked * _forward(shape, prompt_tokens / 2) + said * _forward(shape, prompt_tokens + new_tokens / 2)
     rows = max(rollouts, min(count, batch_tokens // max(1.0, length)))
     steps = math.ceil(count / max(1, rows)) * new_tokens
-    reading = shape.parameters * shape.itemsize / rate.bandwidth + shape.layers * CALLS * rate.call
+    reading = shape.parameters * shape.itemsize / rate.bandwidth + (shape.layers * CALLS + STEP_CALLS) * rate.call
     memory = static_bytes(shape)
     memory += rows * (length * 2 * shape.layers * shape.kv_width * shape.itemsize + LOGITS * 4 * shape.vocabulary)
     return Cost(
@@ -222,8 +223,9 @@ def budgets(shape: Shape, memory: float, *, prompt_tokens: float, new_tokens: fl
     if min(batch, micro) < length:
         raise ValueError(
             f"policy.memory_gib = {memory / 2**30:.1f} is too little: weights, gradient and moments take "
-            f"{training / 2**30:.1f} GiB, and beside them fit {max(0, min(batch, micro))} of the {length:.0f} tokens of "
-            "a prompt with its completion; use LoRA, a half-precision dtype, policy.checkpointing = true or more memory"
+            f"{training / 2**30:.1f} GiB, and of the {length:.0f} tokens of a prompt with its completion "
+            f"{max(0, min(batch, micro))} fit beside them; use LoRA, a half-precision dtype, "
+            "policy.checkpointing = true or more memory"
         )
     return batch, micro
 

@@ -27,7 +27,7 @@ def estimate(config: Config, *, completion_tokens: float = 0.0, tflops: float = 
         tflops: operations [1e12 a second] of the device; 0 for what is measured here, or assumed.
     """
     from pipeline.planning import plan, total
-    from pipeline.throughput import rate_of
+    from pipeline.throughput import memory_of, rate_of
 
     shape, sizes = shape_for(config), sizes_of(config, completion_tokens)
     fitted = fit(config, shape, sizes)
@@ -37,7 +37,12 @@ def estimate(config: Config, *, completion_tokens: float = 0.0, tflops: float = 
         "name": config.name,
         "policy": {"checkpoint": config.policy.checkpoint, **asdict(shape)},
         "sizes": asdict(sizes),
-        "device": {"device": config.policy.device, "dtype": config.policy.dtype, **asdict(rate)},
+        "device": {
+            "device": config.policy.device,
+            "dtype": config.policy.dtype,
+            "memory": memory_of(config.policy.device),
+            **asdict(rate),
+        },
         "budgets": {"batch_tokens": fitted.policy.batch_tokens, "micro_tokens": fitted.policy.micro_tokens},
         "steps": [{"arm": x.arm, "stage": x.stage, "step": x.step, **asdict(x.cost)} for x in lines],
         "total": asdict(total(lines)),
@@ -63,6 +68,12 @@ def tell(reporter: Reporter, found: dict[str, Any], seeds: int) -> None:
     names = ["arm", "stage", "step", "rollouts", "tokens sampled", "tokens computed", "disk GB", "memory GB", "hours"]
     rows = [[x["arm"], str(x["stage"]), x["step"], *_numbers(x)] for x in found["steps"]]
     rows.append(["in all", "", "", *_numbers(found["total"])])
+    needs, has = found["total"]["memory"], device["memory"]
+    if has and needs > has:
+        reporter.line(
+            f"  too much for {device['device']!r}: {needs / 1e9:.1f} GB at once of {has / 1e9:.1f}; set "
+            "policy.memory_gib, a half-precision dtype, policy.checkpointing = true or policy.lora"
+        )
     reporter.table("at most, a seed" if seeds == 1 else f"at most, each of {seeds} seeds", names, rows)
 
 
@@ -147,6 +158,7 @@ def loop_of(config: Config) -> Loop:
         exact=config.evaluate.exact,
         batch_tokens=config.policy.batch_tokens,
         micro_tokens=config.policy.micro_tokens,
+        keeps_start=config.policy.checkpoint == "embedded" or config.policy.checkpoint.startswith("package:"),
     )
 
 

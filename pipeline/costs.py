@@ -24,6 +24,7 @@ STEP_CALLS = 300  # the same of a step of generation besides its layers
 SKETCH = 1.9  # times reading a gradient once, as the benchmarks measure
 TABLE = 1 << 18  # bytes of a prompt in flight in the first stage of a sketch
 LOGITS = 3  # copies of the logits in float32: themselves, their logarithms, their gradient
+DRAWN = 8  # of the logits of the tokens being drawn: two of them in float64
 TOKEN_BYTES = 6.0  # of a stored token: its id and its log-probability, compressed
 ROLLOUT_BYTES = 40.0  # of a stored rollout besides its tokens
 OPTIMIZER_READS = 7  # numbers that AdamW reads or writes a parameter
@@ -135,7 +136,7 @@ def generation(
     steps = math.ceil(count / max(1, rows)) * new_tokens
     reading = shape.parameters * shape.itemsize / rate.bandwidth + (shape.layers * CALLS + STEP_CALLS) * rate.call
     memory = static_bytes(shape)
-    memory += rows * (length * 2 * shape.layers * shape.kv_width * shape.itemsize + LOGITS * 4 * shape.vocabulary)
+    memory += rows * (length * 2 * shape.layers * shape.kv_width * shape.itemsize + DRAWN * 4 * shape.vocabulary)
     return Cost(
         rollouts=count,
         sampled=round(said),
@@ -216,7 +217,7 @@ def budgets(shape: Shape, memory: float, *, prompt_tokens: float, new_tokens: fl
         ValueError: not even one prompt with its completion fits.
     """
     length = prompt_tokens + new_tokens
-    cache = 2.0 * shape.layers * shape.kv_width * shape.itemsize + LOGITS * 4.0 * shape.vocabulary / length
+    cache = 2.0 * shape.layers * shape.kv_width * shape.itemsize + DRAWN * 4.0 * shape.vocabulary / length
     training = static_bytes(shape) + 3.0 * shape.trainable * shape.itemsize + TABLE
     batch = int((memory - training) / cache)  # the optimizer stays while rollouts are made
     micro = int((memory - training) / token_bytes(shape, length))

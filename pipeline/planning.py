@@ -46,6 +46,7 @@ class Loop:
     exact: bool
     batch_tokens: int
     micro_tokens: int
+    keeps_start: bool  # the first checkpoint is made, and kept in float32
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Line:
 
 def plan(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop) -> list[Line]:
     """Return every step of a run of one seed, in the order in which they are taken."""
-    lines = [Line("curriculum", 0, "evaluate", _evaluation(shape, rate, sizes, loop, 1))]
+    lines = [Line("curriculum", 0, "start_policy", Cost(disk=4.0 * shape.parameters))] if loop.keeps_start else []
+    lines.append(Line("curriculum", 0, "evaluate", _evaluation(shape, rate, sizes, loop, 1)))
     stored = 0
     if loop.source == "collect":
         lines.append(Line("curriculum", 0, "collect", _sample(shape, rate, sizes, loop, sizes.pool, loop.collected)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
@@ -40,6 +41,13 @@ def rate_of(device: str, dtype: str, hidden: int, tflops: float = 0.0) -> Rate:
     if tflops:
         return Rate(tflops * 1e12, found.bandwidth, found.call, f"{tflops:g} TFLOP/s as given; the rest {found.source}")
     return found
+
+
+def memory_of(device: str) -> float:
+    """Return the bytes of memory that a device has; 0 where it is not at hand."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.get_device_properties(device).total_memory) if torch.cuda.is_available() else 0.0
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) if device == "cpu" else 0.0
 
 
 @torch.inference_mode()

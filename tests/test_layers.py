@@ -23,6 +23,7 @@ DOORS = {
     "peft": {"pipeline/pretrained.py"},
     "tokenizers": {"pipeline/embedded/warm_start.py"},
     "datasets": {"pipeline/prompts.py"},
+    "reasoning_gym": {"pipeline/gym.py", "pipeline/verifiers.py"},
     "vllm": set(),
     "faiss": {"stores/gradients.py"},
     "sqlalchemy": {"stores/catalog.py"},

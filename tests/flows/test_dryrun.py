@@ -12,7 +12,7 @@ import pytest
 
 from flows.cli import main
 from flows.config import Config, load_config, to_toml
-from flows.dryrun import estimate, fitted
+from flows.dryrun import estimate, fitted, tell
 from flows.progress import Reporter
 from flows.run import open_desk
 from stores import open_store
@@ -132,6 +132,16 @@ def test_a_device_that_is_not_here_is_assumed_and_said(settle: Callable[..., Con
     found = estimate(config)
     assert "assumed, as 'cuda' is not at hand: an A100" in found["device"]["source"]
     assert found["policy"]["itemsize"] == 2
+
+
+def test_what_does_not_fit_is_said(settle: Callable[..., Config], capsys: pytest.CaptureFixture[str]):
+    """Where a step needs more memory than the device has, the table says so, with what would help."""
+    found = estimate(settle())
+    tell(Reporter(), found, 1)
+    assert "too much" not in capsys.readouterr().err
+    found["device"]["memory"] = found["total"]["memory"] / 2
+    tell(Reporter(), found, 1)
+    assert "too much for 'cpu'" in capsys.readouterr().err
 
 
 def test_a_memory_budget_lowers_the_token_budgets(settle: Callable[..., Config], tmp_path: Path):

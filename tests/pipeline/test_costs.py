@@ -59,7 +59,7 @@ def test_generation_by_hand():
     said = 70 * (2 * 900 + 4 * 2 * 8 * (3 + 3.5))
     assert (cost.rollouts, cost.sampled, cost.computed) == (10, 70, 76)
     assert cost.seconds == pytest.approx(asked + said)
-    assert cost.memory == 1000 * 4 + 10 * (10 * 2 * 2 * 4 * 4 + 3 * 4 * 10)
+    assert cost.memory == 1000 * 4 + 10 * (10 * 2 * 2 * 4 * 4 + 8 * 4 * 10)
 
 
 def test_sampling_reads_the_weights_once_a_step():

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -50,6 +52,27 @@ def test_pickled_weights_are_refused_unread(llama, tmp_path, name):
     for read in (load_policy, load_tokenizer, skeleton):
         with pytest.raises(ValueError, match=rf"{name}.*only.*safetensors"):
             read(folder)
+    assert not marker.exists()
+
+
+def test_a_model_name_with_pickled_weights_alone_is_refused(llama, tmp_path):
+    """A model of the hub's cache that has pickled weights alone is refused by name, and nothing in it runs."""
+    snapshot, marker = tmp_path / "hub" / "models--org--old" / "snapshots" / ("0" * 40), tmp_path / "marker"
+    save_policy(llama, snapshot)
+    (snapshot / "model.safetensors").unlink()
+    plant(snapshot / "pytorch_model.bin", marker)
+    (tmp_path / "hub" / "models--org--old" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--old" / "refs" / "main").write_text("0" * 40)
+    program = "from pipeline.pretrained import load_tokenizer; load_tokenizer('org/old'); from pipeline.policy import load_policy; load_policy('org/old')"
+    tried = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "ValueError: checkpoint 'org/old' has no weights in safetensors" in tried.stderr
     assert not marker.exists()
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.prompts import HASH_SEEDED, check_seed_ranges, load_prompts, render
+from pipeline.gym import HASH_SEEDED
+from pipeline.prompts import check_seed_ranges, load_prompts, render
 from pipeline.records import prompt_uid
 from pipeline.verifiers import gold_completion, verify
 

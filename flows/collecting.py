@@ -63,8 +63,13 @@ def rescore(desk: Desk, data: str) -> list[str]:
     from pipeline.rescoring import rescore as score_again
 
     pool, keys, changed, left = desk.prompts(data, "pool"), [], Counter[str](), 0
-    known = set(pool.prompt_uid)
-    other = open_other(Path(desk.config.evidence.path))
+    known, folder = set(pool.prompt_uid), Path(desk.config.evidence.path)
+    other = open_other(folder)
+    if desk.config.catalog and desk.config.catalog == load_config(folder / "config.toml").catalog:
+        raise ValueError(
+            f"catalog = {desk.config.catalog!r} is that of {str(folder)!r} too, and does not tell whose rollouts are "
+            "whose: give this run a catalog of its own"
+        )
     shards = [key for key in other.catalog.keys("trajectories") if other.meta(key).get("split") == "pool"]
     with desk.reporter.bar("score stored rollouts again, shards", len(shards)) as advance:
         for shard in shards:

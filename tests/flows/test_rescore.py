@@ -10,6 +10,9 @@ import pytest
 
 from flows.cli import main
 from flows.config import Config, to_toml
+from flows.curriculum import Do, Reached, run_seed
+from flows.progress import Reporter
+from flows.run import open_desk, plain
 from pipeline.records import canonical
 from pipeline.rescoring import REVISIONS, versions
 from pipeline.verifiers import verify
@@ -124,6 +127,16 @@ def test_what_cannot_be_rescored_is_said(
     assert "set it to 'rescore'" in capsys.readouterr().err
 
 
+def test_a_shared_catalog_is_refused(lenient: Config, tiny: Config, tmp_path: Path):
+    """Two runs on one catalog cannot tell whose rollouts are whose, and the second is refused."""
+    shared = f"sqlite:///{tmp_path}/shared.sqlite"
+    with open_desk(tiny.model_copy(update={"catalog": shared}), tmp_path / "one", Reporter(quiet=True)):
+        pass
+    evidence = lenient.evidence.model_copy(update={"path": str(tmp_path / "one")})
+    with pytest.raises(ValueError, match=r"catalog = 'sqlite.*give this run a catalog of its own"):
+        quiet(lenient.model_copy(update={"catalog": shared, "evidence": evidence}), tmp_path / "two")
+
+
 def test_other_prompts_have_no_rollouts_to_rescore(lenient: Config, tmp_path: Path):
     """A pool that shares no prompt with the stored rollouts is refused with what its identity is made of."""
     pool = ({**lenient.prompts.pool[0], "data_source": "renamed"},)
@@ -136,10 +149,6 @@ def test_another_version_of_a_verifier_is_another_batch(
     settle: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Rollouts scored by one version of a verifier are not taken for those of another; the version is in the shard."""
-    from flows.curriculum import Do, Reached, run_seed
-    from flows.progress import Reporter
-    from flows.run import open_desk, plain
-
     config, made = settle(**SHORT, evidence={"source": "collect", "rollouts": 2}), []
     for revision in (1, 2):
         monkeypatch.setitem(REVISIONS, "exact", revision)

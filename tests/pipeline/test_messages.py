@@ -252,3 +252,15 @@ def test_trainers_get_parts_and_images_in_order():
         ],
         [{"bytes": None, "path": URL}],
     )
+
+
+def test_a_store_keeps_prompts_with_images(tmp_path):
+    """Prompts with images come out of the store as they went in, bytes and all."""
+    from pipeline.records import Prompts
+    from stores import open_store
+
+    prompts = load(tmp_path, [asked([{"type": "image", "image": DATA}, {"type": "text", "text": "?"}]), asked("1+1")])
+    store = open_store(tmp_path / "store")
+    key = store.key("prompts", columns=prompts.columns())
+    store.tables.write(key, "prompts", prompts.columns(), {})
+    assert Prompts.of(open_store(tmp_path / "store").tables.read(key)) == prompts

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import zipfile
@@ -149,3 +150,22 @@ def test_the_context_is_at_most_what_the_checkpoint_was_made_for(llama, tmp_path
     """``context`` shortens the context of a policy and never lengthens it."""
     save_policy(llama, tmp_path)
     assert [load_policy(tmp_path, context=c).context_length for c in (0, 7, 32, 1000)] == [32, 7, 32, 32]
+
+
+def test_a_large_model_is_sized_without_its_weights(tmp_path):
+    """The configuration of Qwen2.5-1.5B alone gives its published number of parameters, and reserves no memory."""
+    from transformers import Qwen2Config
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Qwen2Config(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)
+    model = skeleton(tmp_path, dtype="bfloat16")
+    assert sum(p.numel() for p in model.parameters()) == 1_543_714_304
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB, of the 3 GB that it has

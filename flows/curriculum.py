@@ -20,6 +20,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "prompts": prepare.prompts,
     "collect": collecting.collect,
     "import_rollouts": collecting.import_rollouts,
+    "rescore": collecting.rescore,
     "refresh": collecting.refresh,
     "featurize": gradients.featurize,
     "score": gradients.score,
@@ -121,6 +122,8 @@ def run_curriculum(do: Do, data: str, start: str) -> Arm:
         arm.collected = story.count_rollouts(desk, arm.evidence)
     elif config.evidence.source == "import":
         arm.evidence = do("import_rollouts", data)
+    elif config.evidence.source == "rescore":
+        arm.evidence = do("rescore", data)
     policy = start
     for number, length in enumerate(config.train.stages):
         do.stage = number

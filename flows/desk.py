@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,16 @@ class Desk:
         lora = self.config.policy.lora
         return {**lora.model_dump(), "seed": self.seed("adapter") % 2**32} if lora else None
 
+    @cached_property
+    def chat_template(self) -> str:
+        """The Jinja text that stands in for the tokenizer's chat template; empty for the tokenizer's own."""
+        return read_template(self.config.policy.chat_template)
+
+    @property
+    def rendering(self) -> bool | str:
+        """What the tokens of a prompt depend on besides the prompt and the tokenizer."""
+        return self.chat_template or self.config.policy.chat
+
     def open_base(self, checkpoint: str | Path, adapter: Path | None = None) -> Policy:
         """Load a full checkpoint by folder or name, with a stored adapter, or a fresh one where the settings ask."""
         from pipeline.policy import load_policy
@@ -106,6 +117,9 @@ class Desk:
             dtype=settings.dtype,
             device=settings.device,
             attention=settings.attention,
+            checkpointing=settings.checkpointing,
+            context=settings.context_length,
+            chat_template=self.chat_template,
         )
 
     def _read(self, key: str) -> Policy:
@@ -117,6 +131,21 @@ class Desk:
     def _place(self, key: str) -> str | Path:
         """Return the folder or name that a full checkpoint is loaded from."""
         return self.store.meta(key).get("checkpoint") or self.store.checkpoints.folder(key)
+
+
+def read_template(setting: str) -> str:
+    """Return a chat template that is given as text or as the file that holds it.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if not setting or "{" in setting:
+        return setting
+    if not Path(setting).is_file():
+        raise FileNotFoundError(
+            f"policy.chat_template = {setting!r} is neither a file nor Jinja text (which has braces); mend the path"
+        )
+    return Path(setting).read_text(encoding="utf-8")
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from flows import evidence, story, validity
 from flows.arms import Arm, Stage
 from flows.config import to_toml
 from flows.desk import Desk
+from pipeline.messages import plain_text
 
 EXAMPLES = 8  # prompts shown at each end of a stage's order
 
@@ -76,7 +77,7 @@ def _examples(
     return [
         {
             "prompt_uid": uid,
-            "prompt": "\n".join(m["content"] for m in json.loads(pool.messages[p])),
+            "prompt": "\n".join(plain_text(m["content"]) for m in json.loads(pool.messages[p])),
             "ability": pool.ability[p],
             "ground_truth": pool.ground_truth[p],
             "pass_rate": table["pass_rate"][i],

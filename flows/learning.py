@@ -98,7 +98,8 @@ def run_segment(
         made.append(step)
         desk.advance(1)
     average = reference.direction if reference and reference.source == "ema" else None
-    _commit(desk, key, start, policy, optimizer, made, average, time.perf_counter() - began)
+    judges = desk.store.meta(data)["verifiers"]
+    _commit(desk, key, start, policy, optimizer, made, average, judges, time.perf_counter() - began)
 
 
 def _reference(
@@ -158,6 +159,7 @@ def _commit(
     optimizer: Any,
     made: list[Any],
     average: np.ndarray | None,
+    verifiers: dict[str, str],
     seconds: float,
 ) -> None:
     import torch
@@ -169,9 +171,8 @@ def _commit(
     rollouts = Rollouts.concat(step.rollouts for step in made)
     drawn = hashlib.sha256(np.concatenate([np.asarray(x, np.float32) for x in rollouts.logp_old]).tobytes()).hexdigest()
     batch = desk.store.key("rollouts", trained=key, drawn=drawn)  # by content: rounding elsewhere is another batch
-    desk.store.trajectories.write(
-        batch, rollouts.columns(), {"policy": key, "split": "pool", "rollouts": len(rollouts)}
-    )
+    facts = {"policy": key, "split": "pool", "rollouts": len(rollouts), "verifiers": verifiers}
+    desk.store.trajectories.write(batch, rollouts.columns(), facts)
     meta = {
         "start": start,
         "rollouts_key": batch,

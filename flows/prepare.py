@@ -31,15 +31,16 @@ def start_policy(desk: Desk) -> str:
 def prompts(desk: Desk, policy: str) -> str:
     """Return the key of the run's prompts: pool, validation sets and test, with a reason where one was left out."""
     from pipeline.prompts import check_seed_ranges
+    from pipeline.rescoring import versions
 
     sources = _embedded_sources(desk, policy) if desk.config.prompts.source == "embedded" else _sources(desk)
     check_seed_ranges({f"{split}[{i}]": s for split, many in sources.items() for i, s in enumerate(many)})
     columns = _checked(desk, policy, sources)
-    key = desk.store.key("prompts", columns=columns)
+    judges = versions(columns["verifier"])
+    key = desk.store.key("prompts", columns=columns, verifiers=judges, rendering=desk.rendering)
     if not desk.store.done(key):
-        desk.store.tables.write(
-            key, "prompts", columns, {"splits": {name: len(list(many)) for name, many in sources.items()}}
-        )
+        splits = {name: len(list(many)) for name, many in sources.items()}
+        desk.store.tables.write(key, "prompts", columns, {"splits": splits, "verifiers": judges})
     return key
 
 
@@ -160,5 +161,5 @@ def _too_long(desk: Desk, policy: str, part: Prompts) -> list[str]:
 
     loaded, room = desk.load(policy), desk.config.sampling.max_new_tokens
     limit = loaded.context_length - room
-    lengths = (len(render(m, loaded.tokenizer, desk.config.policy.chat)) for m in part.messages)
-    return [uid for uid, length in zip(part.prompt_uid, lengths, strict=True) if length > limit]
+    chat, pairs = desk.config.policy.chat, zip(part.prompt_uid, part.messages, strict=True)
+    return [uid for uid, messages in pairs if len(render(messages, loaded.tokenizer, chat, uid)) > limit]

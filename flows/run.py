@@ -30,6 +30,14 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
     from pipeline.rewards import VerifierPool
     from stores import open_store
 
+    if config.evidence.source == "rescore" and Path(config.evidence.path).resolve() == folder.resolve():
+        raise ValueError(
+            f"evidence.path = {config.evidence.path!r} is this run's own directory: rollouts under other verdicts are "
+            "another run; give it another name, or another --dir"
+        )
+    from flows.dryrun import fitted
+
+    budgeted = fitted(config)
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)
@@ -44,7 +52,7 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
         store.origin = {"code": code_version(), "settings": key}
         if not store.done(key):
             store.record(key, "settings", {}, {"config.toml": settings.encode()})
-        yield Desk(config, folder, store, verifiers, reporter)
+        yield Desk(budgeted, folder, store, verifiers, reporter)
 
 
 def run(
@@ -52,6 +60,7 @@ def run(
 ) -> dict[str, Any]:
     """Run the loop for each seed, then summarize, export and report; returns the summary."""
     from flows import facts, summary
+    from flows.export import export
     from pipeline.report import render
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,7 +72,7 @@ def run(
             done.append(summary.summarize(desk, data, arms, do.seconds))
             summary.write_metrics(folder, desk, arms, append=number > 0)
             if number == 0:
-                summary.export(desk, data, arms[0], controls)
+                export(desk, data, arms[0], controls)
                 shown = facts.gather(desk, data, arms[0])
     whole = summary.combine(config, done)
     summary.write_json(folder / "summary.json", whole)

@@ -98,6 +98,8 @@ def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]], uids: Sequ
 def _excerpt(messages: str, width: int = 40) -> str:
     import json
 
-    text = " ".join(json.loads(messages)[-1]["content"].split())
+    from pipeline.messages import plain_text
+
+    text = " ".join(plain_text(json.loads(messages)[-1]["content"]).split())
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= width else "…" + clean[1 - width :]  # the end: few-shot prompts begin alike

@@ -1,4 +1,4 @@
-"""What a run comes to, read back from the stores: ``summary.json``, ``metrics.jsonl`` and the exported dataset."""
+"""What a run comes to, read back from the stores: ``summary.json`` and ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +92,6 @@ def write_metrics(folder: Path, desk: Desk, arms: Sequence[Arm], *, append: bool
         file.write("".join(line + "\n" for line in lines))
 
 
-def export(desk: Desk, data: str, curriculum: Arm, controls: Sequence[str]) -> Path:
-    """Write the stages and their controls as a dataset bundle that trainers read."""
-    from stores.bundles import write_bundle
-
-    stages = [_rows(desk, data, stage.selection, curriculum, stage) for stage in curriculum.stages]
-    random = [_rows(desk, data, key, curriculum, stage) for key, stage in zip(controls, curriculum.stages, strict=True)]
-    tables = [desk.store.curricula.read(stage.selection) for stage in curriculum.stages]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    selection = {name: [v for t in tables for v in t.get(name, [None] * len(t["stage"]))] for name in names}
-    folder = desk.folder / "export"
-    write_bundle(folder, stages, random, selection, _manifest(desk, data, curriculum), _card(desk, curriculum))
-    return folder
-
-
 def _arm(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:
     sets = desk.store.meta(arm.start_evaluation)["sets"]
     curve = [{"step": 0, "rollouts": arm.collected, "sets": sets}]
@@ -157,83 +142,6 @@ def _stage(desk: Desk, data: str, stage: Stage, level: dict[str, Any]) -> dict[s
         "diem_identity": all(m.get("diem_identity", True) for m in metrics),
         "seconds": {name: round(s, 3) for name, s in stage.seconds.items()},
     }
-
-
-def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict[str, list[Any]]:
-    """Return one exported stage: prompts in rank order, with what was known of each."""
-    pool, table = desk.prompts(data, "pool"), desk.store.curricula.read(selection)
-    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    uids = evidence.chosen(desk, selection)
-    part, at = pool.take(pool.rows_of(uids)), [row[uid] for uid in uids]
-    policy = arm.start if stage.number == 0 else arm.stages[stage.number - 1].checkpoints[-1][1]
-    known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs", "ess", "log_ratio_p99")
-    return {
-        "prompt_uid": uids,
-        "prompt": [json.loads(m) for m in part.messages],
-        "solution": list(part.ground_truth),
-        "ground_truth": list(part.ground_truth),
-        "data_source": list(part.data_source),
-        "ability": list(part.ability),
-        "reward_spec": list(part.verifier),
-        "stage": [stage.number] * len(uids),
-        "rank": list(range(len(uids))),
-        "weight": [1.0] * len(uids),
-        "policy_id": [policy] * len(uids),
-        **{name: [table[name][i] for i in at] for name in known},
-    }
-
-
-def _manifest(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:
-    settings = desk.config.model_dump(mode="json")
-    return {
-        "tool": f"influent {version('influent')}",
-        "name": desk.config.name,
-        "seed": desk.config.seed,
-        "prompts": data,
-        "start_policy": arm.start,
-        "settings": {
-            name: settings[name]
-            for name in ("policy", "prompts", "sampling", "evidence", "beliefs", "features", "select", "insight")
-        },
-        "stages": [
-            {"stage": s.number, "selection": s.selection, "scores": s.scores, "rollouts": {"select": s.rollouts_select}}
-            for s in arm.stages
-        ],
-        "lineage": _lineage(desk, [s.selection for s in arm.stages]),
-    }
-
-
-def _lineage(desk: Desk, selections: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return what the selections were made from, by key: its kind, its own inputs, and the code and settings."""
-    from stores.lineage import lineage
-
-    found = {key: facts for selection in selections for key, facts in lineage(desk.store, selection).items()}
-    return {key: {name: facts[name] for name in ("kind", "inputs", "origin")} for key, facts in found.items()}
-
-
-def _card(desk: Desk, arm: Arm) -> str:
-    lines = [
-        f"# {desk.config.name}: a staged curriculum",
-        "",
-        "Selected by Influent: off-policy influence on the validation sets (CROPI), with a random floor.",
-        "Each stage has a random control of equal size, `control_NN`. `selection.parquet` holds every prompt of",
-        "the pool with its scores and one reason code, without text.",
-        "",
-        "| stage | prompts | selected from |",
-        "|---|---|---|",
-    ]
-    for stage in arm.stages:
-        how = "influence and floor" if stage.scores else "shuffle"
-        lines.append(f"| stage_{stage.number:02d} | {desk.store.meta(stage.selection)['size']} | {how} |")
-    lines += [
-        "",
-        "```python",
-        "from datasets import load_dataset",
-        'load_dataset("<this folder>", "stage_00")',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def _minus(a: dict[str, dict[str, float]], b: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:

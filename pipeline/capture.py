@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.recompute import current
 from pipeline.scope import Scope, everything, parameters_of
 
 WHOLE = 1 << 22  # entries up to which the gradients of several prompts are formed in one product: 16 MiB
@@ -163,6 +164,9 @@ def is_norm(module: nn.Module) -> bool:
 
 def _hook(names: dict[str, str], rows: int, handler: Callable[[Layer], None]) -> Callable[..., Tensor]:
     def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        def meet(x: Tensor, b: Tensor) -> None:
+            handler(Layer(module, names, x, b.detach()))
+
         x = inputs[0].detach()
         if len(x) != rows:
             raise ValueError(
@@ -171,7 +175,14 @@ def _hook(names: dict[str, str], rows: int, handler: Callable[[Layer], None]) ->
             )
         if not output.requires_grad:
             output.requires_grad_(True)  # the first trainable layer starts the graph
-        output.register_hook(lambda b: handler(Layer(module, names, x, b.detach())))
+        visit = current()
+        if visit is None:
+            output.register_hook(lambda b: meet(x, b))
+        elif visit.again:
+            visit.give_input(visit.turn(), x)
+        else:
+            turn = visit.turn()
+            output.register_hook(lambda b: visit.give_gradient(turn, b, meet))
         return output
 
     return forward

@@ -4,7 +4,8 @@ Two prompts are the same if their text is, after NFKC, case folding and collapsi
 messages do not count. What is kept follows from prompt identities, so reordering the pool changes nothing.
 
 ``near`` adds prompts whose character 5-grams have at least that cosine. It is off by default: prompts that are made
-from one template ("What is 12 + 30?") are near each other without being duplicates.
+from one template ("What is 12 + 30?") are near each other without being duplicates. Prompts with other images are
+never near: a question is asked of many pictures.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.messages import images_of, plain_text
 from pipeline.records import Prompts
 
 BLOCK = 256
@@ -28,8 +30,9 @@ def normalised(messages: str) -> str:
     Args:
         messages: canonical JSON of the messages.
     """
-    turns: list[dict[str, str]] = json.loads(messages)
-    said = [turn["content"] for turn in turns if turn["role"] != "system"] or [turn["content"] for turn in turns]
+    turns: list[dict[str, Any]] = json.loads(messages)
+    said = [plain_text(turn["content"]) for turn in turns if turn["role"] != "system"]
+    said = said or [plain_text(turn["content"]) for turn in turns]
     return " ".join(unicodedata.normalize("NFKC", "\n".join(said)).casefold().split())
 
 
@@ -62,7 +65,8 @@ def find_duplicates(pool: Prompts, near: float | None = None) -> dict[str, str]:
         first.setdefault(text, uid)
     repeats = {uid: first[text] for uid, text in texts.items() if first[text] != uid}
     if near is not None:
-        nearest = _near_repeats([uid for uid in texts if uid not in repeats], texts, _checked(near))
+        seen = {uid: pictures(text) for uid, text in zip(pool.prompt_uid, pool.messages, strict=True)}
+        nearest = _near_repeats([uid for uid in texts if uid not in repeats], texts, seen, _checked(near))
         repeats = {uid: nearest.get(kept, kept) for uid, kept in repeats.items()} | nearest
     return dict(sorted(repeats.items()))
 
@@ -76,27 +80,37 @@ def find_contaminated(pool: Prompts, held_out: Mapping[str, Prompts], near: floa
         near: also count a cosine of character 5-grams from this value on, in (0, 1].
     """
     texts = {uid: normalised(text) for uid, text in sorted(zip(pool.prompt_uid, pool.messages, strict=True))}
+    seen = {uid: pictures(text) for uid, text in zip(pool.prompt_uid, pool.messages, strict=True)}
     found: dict[str, str] = {}
     for name in sorted(held_out):
-        theirs = {normalised(text) for text in held_out[name].messages}
-        left = [uid for uid in texts if uid not in found]
+        theirs = {normalised(text): pictures(text) for text in held_out[name].messages}
+        left, there = [uid for uid in texts if uid not in found], sorted(theirs)
         same = {uid for uid in left if texts[uid] in theirs}
         if near is not None and theirs:
-            blocks = _cosines([texts[uid] for uid in left], sorted(theirs))
-            rows = [start + i for start, block in blocks for i in np.unique((block >= _checked(near)).nonzero()[0])]
-            same |= {left[row] for row in rows}
+            for start, block in _cosines([texts[uid] for uid in left], there):
+                rows, columns = (block >= _checked(near)).nonzero()
+                pairs = zip((left[start + int(i)] for i in rows), (there[int(j)] for j in columns), strict=True)
+                same |= {uid for uid, text in pairs if seen[uid] == theirs[text]}
         found |= dict.fromkeys(same, name)
     return dict(sorted(found.items()))
 
 
-def _near_repeats(uids: Sequence[str], texts: Mapping[str, str], near: float) -> dict[str, str]:
+def pictures(messages: str) -> tuple[str, ...]:
+    """Return what identifies each image of a prompt, in order."""
+    return tuple(part.get("sha256") or part["image"] for part in images_of(json.loads(messages)))
+
+
+def _near_repeats(
+    uids: Sequence[str], texts: Mapping[str, str], seen: Mapping[str, tuple[str, ...]], near: float
+) -> dict[str, str]:
     """Return uid -> the smallest uid that is kept and near it; ``uids`` are sorted, and the first one is kept."""
     repeats: dict[str, str] = {}
     for start, block in _cosines([texts[uid] for uid in uids], [texts[uid] for uid in uids]):
         for i in range(block.shape[0]):
             row = block.getrow(i)
             close = sorted(int(j) for j in row.indices[row.data >= near] if j < start + i)
-            kept = next((uids[j] for j in close if uids[j] not in repeats), None)
+            mine = seen[uids[start + i]]
+            kept = next((uids[j] for j in close if uids[j] not in repeats and seen[uids[j]] == mine), None)
             if kept is not None:
                 repeats[uids[start + i]] = kept
     return repeats

@@ -67,7 +67,8 @@ def answer_batches(policy: Policy, prompts: Prompts, *, chat: bool = False, rows
     """
     require_exact(prompts)
     end = policy.tokenizer.eos_token_id
-    asked = [render(messages, policy.tokenizer, chat) for messages in prompts.messages]
+    pairs = zip(prompts.prompt_uid, prompts.messages, strict=True)
+    asked = [render(messages, policy.tokenizer, chat, uid) for uid, messages in pairs]
     answers = [[*policy.tokenizer(answer, add_special_tokens=False).input_ids, end] for answer in prompts.ground_truth]
     return [
         collate(asked[i : i + rows], answers[i : i + rows], policy.pad_id, policy.device)

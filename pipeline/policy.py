@@ -1,6 +1,6 @@
 """A policy: a causal language model with its tokenizer, loaded from an ordinary Hugging Face checkpoint.
 
-The door to ``transformers`` and ``peft``. Everything else sees a ``Policy`` and log-probabilities.
+A door to ``transformers``, as is ``pipeline.pretrained``. Everything else sees a ``Policy`` and log-probabilities.
 
     logp_kt = log softmax(logits(prompt, x_k,<t) / T)[x_kt]             T = sampling temperature, float32
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+from pipeline.pretrained import add_adapter, found, hush, load_tokenizer, options
+from pipeline.recompute import recompute_blocks
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,12 @@ class Policy:
     Attributes:
         model: causal language model, in evaluation mode; its trainable parameters define the gradient.
         tokenizer: its tokenizer.
+        context: most tokens that it is used with; 0 for as many as it was made for.
     """
 
     model: Any
     tokenizer: Any
+    context: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +50,8 @@ class Policy:
     @property
     def context_length(self) -> int:
         """Most tokens that a prompt and its completion may have together."""
-        return int(getattr(self.model.config, "max_position_embeddings", self.tokenizer.model_max_length))
+        made_for = int(getattr(self.model.config, "max_position_embeddings", self.tokenizer.model_max_length))
+        return min(self.context or made_for, made_for)
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the trainable parameters by name; tied parameters appear once."""
@@ -65,6 +67,9 @@ def load_policy(
     device: str = "cpu",
     attention: str = "sdpa",
     seed: int = 0,
+    checkpointing: bool = False,
+    context: int = 0,
+    chat_template: str = "",
 ) -> Policy:
     """Load a checkpoint by folder or by hub name, with an adapter where one is given or asked for.
 
@@ -76,36 +81,37 @@ def load_policy(
         device: torch device.
         attention: ``sdpa`` or ``eager``.
         seed: seed of a new adapter's A.
+        checkpointing: keep one input a block, and compute the block again in the backward pass.
+        context: most tokens that the policy is used with; 0 for as many as it was made for.
+        chat_template: Jinja text that stands in for the tokenizer's own template; empty for that.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder with a config nor a name the hub cache knows.
-        ValueError: there is no adapter in its folder, or LoRA's targets name no layer.
+        ValueError: its weights are pickled, there is no adapter in its folder, or LoRA's targets name no layer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    _hush()
-    options = {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"}
-    if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
-        raise FileNotFoundError(f"checkpoint {str(checkpoint)!r} has no config.json: not a Hugging Face checkpoint")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(checkpoint), padding_side="left", **options)
+    tokenizer = load_tokenizer(checkpoint, chat_template=chat_template)
+    with found(checkpoint):
         model = AutoModelForCausalLM.from_pretrained(
-            str(checkpoint), dtype=getattr(torch, dtype), attn_implementation=attention, **options
+            str(checkpoint),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            **options(),
         )
-    except OSError as error:
-        raise FileNotFoundError(
-            f"checkpoint {str(checkpoint)!r} is not there: give the folder of a Hugging Face checkpoint, or a model "
-            "name that the hub (or its local cache, when HF_HUB_OFFLINE=1) has"
-        ) from error
     if adapter is not None or lora is not None:
-        model = _with_adapter(model, adapter, lora, seed)
+        model = add_adapter(model, adapter, lora, seed)
     loaded: Any = model
-    return Policy(loaded.to(device).eval(), tokenizer)
+    loaded = loaded.to(device).eval()
+    if checkpointing:
+        recompute_blocks(loaded)
+    return Policy(loaded, tokenizer, context)
 
 
 def save_policy(policy: Policy, folder: Path) -> None:
     """Write the policy, or its adapter alone where it has one, as an ordinary checkpoint with its tokenizer."""
-    _hush()
+    hush()
     policy.model.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
@@ -163,45 +169,11 @@ def token_logps(model: Any, batch: Batch, *, temperature: float = 1.0) -> Float[
     return torch.where(batch.mask, taken, torch.zeros_like(taken))
 
 
-def _hush() -> None:
-    """Leave progress to the caller: the library's own bars would cut through it."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-
-def _with_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None, seed: int) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise ValueError(
-                f"adapter = {str(adapter)!r} holds no adapter_config.json; give the folder of a saved adapter"
-            )
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    assert lora is not None
-    torch.manual_seed(seed)  # peft draws A from the global generator
-    config = LoraConfig(
-        r=lora["rank"],
-        lora_alpha=lora["alpha"],
-        target_modules=lora["targets"],
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:  # peft's own error for targets that match no layer
-        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        raise ValueError(
-            f"lora.targets = {lora['targets']!r} names no layer of this model; its linear layers are {sorted(linear)}"
-        ) from error
-
-
 def convert_gguf(file: Path, folder: Path) -> None:
     """Unpack the weights of a GGUF file to float32 and save them, with the tokenizer, as an ordinary checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _hush()
+    hush()
     where, name = str(file.parent), file.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own, which the library's switch does not reach

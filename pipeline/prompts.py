@@ -1,6 +1,6 @@
 """Pools of prompts from data sets, files and reasoning-gym, as ``Prompts`` with a stable identity.
 
-The only door to ``datasets``, and with ``pipeline.verifiers`` the only one to ``reasoning_gym``.
+The only door to ``datasets``.
 """
 
 from __future__ import annotations
@@ -8,22 +8,19 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.records import Prompts, canonical
+from pipeline.gym import PREFIX, gym_entries, gym_row
+from pipeline.messages import images_of, plain_text
+from pipeline.records import Prompts
 from pipeline.rows import rows_to_prompts
-from pipeline.verifiers import score_reasoning_gym
 
-PREFIX = "reasoning-gym/"
-COLUMN_KEYS = ("path", "prompt", "ground_truth", "ability", "data_source", "verifier", "template")
+COLUMN_KEYS = ("path", "prompt", "images", "ground_truth", "ability", "data_source", "verifier", "template")
 FOLDER_KEYS = ("config", "split")
 GYM_KEYS = ("path", "size", "seed", "settings", "data_source", "verifier", "template")
-HASH_SEEDED = ("isomorphic_strings", "polynomial_multiplication", "ransom_note", "word_ladder")
-"""Tasks whose entries change with PYTHONHASHSEED."""
 
 
 def load_prompts(source: Mapping[str, Any]) -> Prompts:
@@ -34,6 +31,8 @@ def load_prompts(source: Mapping[str, Any]) -> Prompts:
             ``path``: a Hugging Face data set folder, a ``save_to_disk`` folder, a ``.parquet``, ``.jsonl`` or ``.json``
             file, or ``reasoning-gym/<task>``. ``config``, ``split`` (default train): of a folder.
             ``prompt``: column, a string or a list of messages (default prompt).
+            ``images``: column, the images for the parts without one and for ``<image>`` in texts (default: column
+            images, if there is one).
             ``ground_truth``: column; ``a.b`` reaches into a struct (default: the first present of
             ``pipeline.rows.GROUND_TRUTHS``).
             ``data_source``: column or literal (default: column data_source, else the file's stem).
@@ -57,7 +56,7 @@ def load_prompts(source: Mapping[str, Any]) -> Prompts:
         )
     if str(path).startswith(PREFIX):
         _check_keys(source, GYM_KEYS)
-        rows = [_gym_row(source, entry) for entry in _gym_entries(source)]
+        rows = [gym_row(source, entry) for entry in gym_entries(source)]
         return rows_to_prompts(rows, {key: source[key] for key in ("path", "template") if key in source})
     _check_keys(source, COLUMN_KEYS + (FOLDER_KEYS if Path(path).is_dir() else ()))
     return rows_to_prompts(_rows(Path(path), source), source)
@@ -89,18 +88,27 @@ def check_seed_ranges(sources: Mapping[str, Mapping[str, Any]] | Sequence[Mappin
                 )
 
 
-def render(messages: str, tokenizer: Any, chat: bool) -> list[int]:
+def render(messages: str, tokenizer: Any, chat: bool, uid: str = "") -> list[int]:
     """Return the token ids of a prompt, ready for a completion.
 
     Args:
         messages: canonical JSON of the messages.
         tokenizer: a Hugging Face tokenizer.
         chat: through the chat template; else the plain text, with whatever special tokens the tokenizer puts in front.
+        uid: names the prompt in errors.
 
     Raises:
-        ValueError: ``chat`` without a chat template.
+        ValueError: ``chat`` without a chat template, or a prompt with images, which no engine here can take.
     """
-    turns: list[dict[str, str]] = json.loads(messages)
+    turns: list[dict[str, Any]] = json.loads(messages)
+    pictures = images_of(turns)
+    if pictures:
+        raise ValueError(
+            f"prompt {uid or repr(plain_text(turns[-1]['content'])[:80])} holds {len(pictures)} image(s): rollouts and "
+            "gradients here take text alone; leave such rows out of the pool, or export the pool to a trainer that "
+            "takes images"
+        )
+    turns = [{**turn, "content": plain_text(turn["content"])} for turn in turns]
     if not chat:
         return [int(i) for i in tokenizer("\n\n".join(turn["content"] for turn in turns)).input_ids]
     if not getattr(tokenizer, "chat_template", None):
@@ -162,9 +170,8 @@ def _folder_rows(path: Path, config: str | None, split: str | None) -> list[dict
     saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
     if not saved:  # streamed, and with a cache of its own: no copy is left that could be stale next time
         with tempfile.TemporaryDirectory() as cache:
-            return list(
-                datasets.load_dataset(str(path), config, split=split or "train", streaming=True, cache_dir=cache)
-            )
+            data = datasets.load_dataset(str(path), config, split=split or "train", streaming=True, cache_dir=cache)
+            return list(data.decode(False))  # images stay the bytes that they are
     if config is not None:
         raise ValueError(
             f"config = {config!r} has no meaning for {str(path)!r}, which save_to_disk wrote; leave it out"
@@ -174,55 +181,4 @@ def _folder_rows(path: Path, config: str | None, split: str | None) -> list[dict
     wanted = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
     if wanted not in splits:
         raise ValueError(f"split = {wanted!r} is not in {str(path)!r}; it has {sorted(splits)}")
-    return list(splits[wanted])
-
-
-def _gym_entries(source: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """Return the entries of a reasoning-gym task."""
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
-    task, size = str(source["path"])[len(PREFIX) :], source.get("size")
-    if task not in DATASETS:
-        near = difflib.get_close_matches(task, DATASETS, n=3)
-        raise ValueError(f"path = {source['path']!r}: reasoning-gym has no task {task!r}; did you mean one of {near}?")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"size = {size!r} of {source['path']!r} must be a number of prompts, at least 1")
-    if task in HASH_SEEDED and os.environ.get("PYTHONHASHSEED", "random") == "random":
-        raise ValueError(
-            f"the entries of {source['path']!r} change with the hash seed; set PYTHONHASHSEED=0 and start again"
-        )
-    seed, settings = int(source.get("seed", 0)), source.get("settings", {})
-    entries: Iterable[dict[str, Any]] = reasoning_gym.create_dataset(task, seed=seed, size=size, **settings)
-    return entries
-
-
-def _gym_row(source: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one entry as a row, with its verifier."""
-    spec: dict[str, Any] = {"id": "reasoning-gym"} | dict(source.get("verifier", {}))
-    if spec["id"] == "reasoning-gym":
-        spec = {"threshold": 0.99} | spec | {"entry": entry}
-        if source.get("settings"):
-            spec["settings"] = source["settings"]
-        _check_round_trip(spec, str(source["path"]))
-    name = source.get("data_source", source["path"])
-    return {
-        "prompt": entry["question"],
-        "ground_truth": entry["answer"],
-        "data_source": name,
-        "verifier": canonical(spec),
-    }
-
-
-def _check_round_trip(spec: dict[str, Any], path: str) -> None:
-    """Refuse a task that scores its own answer differently once the entry went through JSON."""
-    answer = spec["entry"]["answer"]
-    if answer is None:
-        raise ValueError(f"{path!r} makes entries without an answer; choose a task that has one")
-    try:
-        copy = json.loads(canonical(spec))
-    except (TypeError, ValueError) as err:
-        raise ValueError(f"the entries of {path!r} cannot be kept as JSON ({err}); choose another task") from err
-    before, after = score_reasoning_gym(spec, answer), score_reasoning_gym(copy, answer)
-    if before != after:
-        raise ValueError(f"{path!r} scores its own answer {before}, but {after} once kept as JSON; choose another task")
+    return list(splits[wanted].to_iterable_dataset().decode(False))

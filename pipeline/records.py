@@ -13,6 +13,8 @@ from typing import Any, Self
 
 import numpy as np
 
+from pipeline.messages import identity
+
 VERDICTS = ("correct", "incorrect", "unscorable", "error", "timeout", "truncated")
 """What a verifier can say of one completion. Only the first two move a belief."""
 
@@ -73,7 +75,8 @@ class Prompts(Columns):
 
     Attributes:
         prompt_uid: hash of (messages, ground truth, data source); see ``prompt_uid``.
-        messages: canonical JSON of the list of ``{"role", "content"}`` messages.
+        messages: canonical JSON of the list of ``{"role", "content"}`` messages; content is text or parts, see
+            ``pipeline.messages``.
         ground_truth: the answer that the verifier compares with.
         data_source: the set that the prompt came from.
         ability: family or skill label; used for reporting only, never for selection.
@@ -149,8 +152,11 @@ def canonical(value: Any) -> str:
 
 
 def prompt_uid(messages: str, ground_truth: str, data_source: str) -> str:
-    """Return the identity of a prompt: 32 hexadecimal digits of SHA-256 over what makes it that prompt."""
-    return hashlib.sha256(canonical([messages, ground_truth, data_source]).encode()).hexdigest()[:32]
+    """Return the identity of a prompt: 32 hexadecimal digits of SHA-256 over what makes it that prompt.
+
+    An image whose bytes were at hand counts by their digest, another one by its URL; see ``pipeline.messages``.
+    """
+    return hashlib.sha256(canonical([identity(messages), ground_truth, data_source]).encode()).hexdigest()[:32]
 
 
 def keyed_seed(*identity: Any) -> int:

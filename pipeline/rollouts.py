@@ -46,7 +46,7 @@ def collect(
     """
     row = {uid: i for i, uid in enumerate(prompts.prompt_uid)}
     requests = [
-        Request(uid, render(messages, tokenizer, chat), rollouts, seed)
+        Request(uid, render(messages, tokenizer, chat, uid), rollouts, seed)
         for uid, messages in zip(prompts.prompt_uid, prompts.messages, strict=True)
     ]
     for group in generate(requests, sampling):
@@ -73,11 +73,12 @@ def _columns(
         seed=(request.seed,) * n,
         text=tuple(texts),
         reward=tuple(float(v.reward) for v in verdicts),
-        verdict=tuple(_cut_off(v.verdict, r) for v, r in zip(verdicts, group.finish_reason, strict=True)),
+        verdict=tuple(cut_off(v.verdict, r) for v, r in zip(verdicts, group.finish_reason, strict=True)),
     )
 
 
-def _cut_off(verdict: str, finish_reason: str) -> str:
+def cut_off(verdict: str, finish_reason: str) -> str:
+    """Return the verdict of a completion that may have been truncated."""
     return "truncated" if verdict == "incorrect" and finish_reason == "length" else verdict
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.messages import read_messages
 from pipeline.records import Prompts, canonical, prompt_uid
 
 Row = Mapping[str, Any]
@@ -26,6 +27,7 @@ class Names:
     ground_truth: str
     data_source: str | None
     ability: str | None
+    images: str | None
 
 
 def rows_to_prompts(rows: Sequence[Row], source: Row) -> Prompts:
@@ -54,20 +56,25 @@ def _names(rows: Sequence[Row], source: Row) -> Names:
     prompt = str(source.get("prompt", "prompt"))
     truth = source.get("ground_truth") or next((name for name in GROUND_TRUTHS if name in there), None)
     ability = source.get("ability") or ("ability" if "ability" in there else None)
-    missing = [name for name in (prompt, truth, ability) if name is not None and name not in there]
+    images = source.get("images", "images" if "images" in there else None)
+    missing = [name for name in (prompt, truth, ability, images) if name is not None and name not in there]
     missing += [] if truth else [f"one of {list(GROUND_TRUTHS)}"]
     if missing:
         raise ValueError(
             f"{str(source['path'])!r} lacks column(s) {', '.join(missing)}; it has {list(there)}; "
-            "set prompt, ground_truth or ability of the source to one of these"
+            "set prompt, ground_truth, ability or images of the source to one of these"
         )
     named = str(source.get("data_source", "data_source"))
-    return Names(prompt, str(truth), named if named in there else None, ability)
+    return Names(prompt, str(truth), named if named in there else None, ability, images)
 
 
 def _record(row: Row, names: Names, source: Row, where: str) -> tuple[str, ...]:
     """Return one row as the fields of ``Prompts``, in order."""
-    messages = canonical(_messages(_get(row, names.prompt), source.get("template"), where))
+    images = _get(row, names.images) if names.images else None
+    beside = [] if images is None else images if isinstance(images, list) else [images]
+    path = Path(str(source["path"]))
+    folder = path if path.is_dir() else path.parent
+    messages = canonical(read_messages(_get(row, names.prompt), beside, source.get("template"), where, folder))
     truth = _text(_get(row, names.ground_truth), names.ground_truth, where)
     name = str(source.get("data_source", Path(str(source["path"])).stem))
     if names.data_source:
@@ -93,35 +100,6 @@ def _text(value: Any, name: str, where: str) -> str:
         return value if isinstance(value, str) else canonical(value)
     except (TypeError, ValueError) as err:
         raise ValueError(f"{where}: {name} = {value!r} cannot be written as text ({err}); store a string") from err
-
-
-def _messages(prompt: Any, template: str | None, where: str) -> list[dict[str, str]]:
-    """Return a prompt as messages, with the template applied to the (last) thing that the user says."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(_is_message(item) for item in prompt):
-        got = str(prompt)[:200]
-        raise ValueError(f"{where}: the prompt must be text, or messages with a text role and content only; got {got}")
-    messages = [{"role": item["role"], "content": item["content"]} for item in prompt]
-    if not any(message["content"].strip() for message in messages):
-        raise ValueError(f"{where} has an empty prompt; fill it in, or leave the row out")
-    if template is not None:
-        last = next((message for message in reversed(messages) if message["role"] == "user"), None)
-        if last is None:
-            raise ValueError(f"{where} has no user message to put the template around; leave template out")
-        last["content"] = template.replace("{prompt}", last["content"])
-    return messages
-
-
-def _is_message(item: Any) -> bool:
-    """Return whether an item is a plain text message: what else it carries (tool calls, images) must be null."""
-    if not isinstance(item, Mapping) or not all(isinstance(item.get(key), str) for key in ("role", "content")):
-        return False
-    return not _filled(item[key] for key in item if key not in ("role", "content"))
-
-
-def _filled(values: Iterable[Any]) -> bool:
-    return any(value is not None and value != [] for value in values)
 
 
 def _verifier(row: Row, source: Row, where: str) -> str:

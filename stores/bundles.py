@@ -23,7 +23,7 @@ from stores.disk import remedied, write_file
 from stores.parquet import Columns, encode, to_table
 from stores.rollout_files import read_rollouts
 
-__all__ = ["SCHEMA", "read_rollouts", "write_bundle"]
+__all__ = ["SCHEMA", "WITH_IMAGES", "read_rollouts", "write_bundle"]
 
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SCHEMA: dict[str, pa.DataType] = {
@@ -48,6 +48,14 @@ SCHEMA: dict[str, pa.DataType] = {
     "policy_id": pa.string(),
 }
 """The columns of a stage. The float64 columns may hold None, or be absent: then all of them are None."""
+IMAGES = "images"
+_PART = pa.struct([("type", pa.string()), ("text", pa.string())])
+WITH_IMAGES: dict[str, pa.DataType] = SCHEMA | {
+    "prompt": pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(_PART))])),
+    IMAGES: pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+}
+"""The same where prompts have images: every content is a list of parts, and the images stand in order beside them, as
+`datasets` stores them. A bundle has this schema in all its stages and controls, or in none."""
 _TEXTS = {"prompt", "messages", "question", "solution", "ground_truth", "answer", "text", "completion"}
 
 
@@ -63,8 +71,8 @@ def write_bundle(
 
     Args:
         folder: Where the bundle shall be; absent, empty, or a bundle.
-        stages: The columns of `SCHEMA`, a mapping a stage; `prompt` holds lists of messages with role and content,
-            `reward_spec` JSON text.
+        stages: The columns of `SCHEMA`, a mapping a stage, or those of `WITH_IMAGES`; `prompt` holds lists of messages
+            with role and content, `reward_spec` JSON text.
         controls: The same for random subsets of equal size; may be empty.
         selection: Every prompt with scores and reason, without text.
         manifest: JSON-able facts; `files` is added: SHA-256, size and rows by path.
@@ -76,10 +84,11 @@ def write_bundle(
         OSError: the disk refused; the bundle that was there is still there, unless only the last sync failed.
     """
     _check(folder, stages, selection, manifest)
+    schema = WITH_IMAGES if any(IMAGES in columns for columns in (*stages, *controls)) else SCHEMA
     files = {"selection.parquet": to_table(selection)}
     for kind, subsets in (("data", stages), ("control", controls)):
         for number, columns in enumerate(subsets):
-            files[_path(kind, number)] = _stage_table(columns, f"{kind} stage {number}")
+            files[_path(kind, number)] = _stage_table(columns, f"{kind} stage {number}", schema)
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
@@ -104,16 +113,16 @@ def _check(folder: Path, stages: Sequence[Columns], selection: Columns, manifest
         raise ValueError(f"folder {folder} holds files that are no bundle; name another folder or empty it")
 
 
-def _stage_table(columns: Columns, name: str) -> pa.Table:
+def _stage_table(columns: Columns, name: str, schema: Mapping[str, pa.DataType]) -> pa.Table:
     rows = len(next(iter(columns.values()), ()))
-    optional = {column: [None] * rows for column, kind in SCHEMA.items() if pa.types.is_floating(kind)}
+    optional = {column: [None] * rows for column, kind in schema.items() if pa.types.is_floating(kind)}
     given = {**optional, **columns}
-    absent = [column for column in SCHEMA if column not in given]
-    unknown = [column for column in given if column not in SCHEMA]
+    absent = [column for column in schema if column not in given]
+    unknown = [column for column in given if column not in schema]
     if absent or unknown:
-        raise ValueError(f"{name} lacks {absent} and has the unknown {unknown}; its columns are {list(SCHEMA)}")
-    table = to_table({column: given[column] for column in SCHEMA}, SCHEMA)
-    for column in SCHEMA:
+        raise ValueError(f"{name} lacks {absent} and has the unknown {unknown}; its columns are {list(schema)}")
+    table = to_table({column: given[column] for column in schema}, schema)
+    for column in schema:
         if column not in optional and table[column].null_count:
             raise ValueError(f"{name} has None in {column!r}; give every row a value")
     return table

@@ -19,10 +19,11 @@ FORBIDDEN = {
     "flows": set(),
 }
 DOORS = {
-    "transformers": {"pipeline/policy.py", "pipeline/embedded/warm_start.py"},
-    "peft": {"pipeline/policy.py"},
+    "transformers": {"pipeline/policy.py", "pipeline/pretrained.py", "pipeline/embedded/warm_start.py"},
+    "peft": {"pipeline/pretrained.py"},
     "tokenizers": {"pipeline/embedded/warm_start.py"},
     "datasets": {"pipeline/prompts.py"},
+    "reasoning_gym": {"pipeline/gym.py", "pipeline/verifiers.py"},
     "vllm": set(),
     "faiss": {"stores/index.py", "stores/foreign.py"},
     "sqlalchemy": {

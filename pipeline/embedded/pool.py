@@ -43,6 +43,17 @@ def make_sets(policy: Policy, seed: int) -> dict[str, Rows]:
     return sets
 
 
+def unlabelled(seed: int) -> dict[str, list[str]]:
+    """Return prompts as many and as long as those of ``make_sets``, without the policy that its wrong labels need."""
+    rng = np.random.default_rng(keyed_seed("embedded sets", seed))
+    taken: set[str] = set()
+    sets = {f"validation_{family}": [p for p, _ in distinct(family, VALIDATION, rng, taken)] for family in TARGETS}
+    sets["test"] = [p for family in TARGETS for p, _ in distinct(family, TEST, rng, taken)]
+    counts = [*POOL.items(), *((f, sum(WRONG.values()) // len(TARGETS)) for f in TARGETS)]
+    sets["pool"] = [p for family, count in counts for p, _ in distinct(family, count, rng, taken)]
+    return sets
+
+
 def _own_mistakes(policy: Policy, pairs: list[tuple[str, str]], seed: int) -> list[str]:
     """Return the most frequent wrong answer of 16 samples for each prompt, empty where it made none twice."""
     requests = [Request(prompt, policy.tokenizer(prompt).input_ids, 16, seed) for prompt, _ in pairs]

@@ -262,3 +262,15 @@ def test_near_repeats_are_left_out_when_asked(settle: Settle, inputs: Path, tmp_
             table = desk.table(prepare.prompts(desk, prepare.start_policy(desk)))
             found[near] = table["reason"].count("duplicate")
     assert found[0.0] == 0 and found[0.6] >= 1
+
+
+def test_a_prompt_with_an_image_is_refused_by_name(settle: Callable[..., Config], inputs: Path, tmp_path: Path):
+    """A run, whose engines take text alone, names the first prompt that holds an image before anything is sampled."""
+    row = {"prompt": [{"role": "user", "content": [{"type": "image", "url": "https://example.org/a.png"}]}]}
+    file = tmp_path / "seen.jsonl"
+    file.write_text(
+        (inputs / "pool.jsonl").read_text() + json.dumps(row | {"ground_truth": "2", "ability": "see"}) + "\n"
+    )
+    config = settle(prompts={"pool": ({"path": str(file), "data_source": "tiny"},)})
+    with pytest.raises(ValueError, match=r"prompt [0-9a-f]{32} holds 1 image\(s\).*leave such rows out of the pool"):
+        quiet(config, tmp_path / "run")

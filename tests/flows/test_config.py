@@ -180,3 +180,27 @@ def test_settings_cannot_be_changed(read: Read):
     """Settings are frozen once they are read."""
     with pytest.raises(ValueError, match="frozen"):
         read("").train.lr = 1.0
+
+
+def test_a_chat_template_is_text_or_a_file(tmp_path: Path):
+    """A template beside the settings is found from anywhere and read; text with braces is the template itself."""
+    from flows.desk import read_template
+
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
+    body = 'name = "x"\nprompts.source = "embedded"\npolicy.checkpoint = "embedded"\npolicy.chat = true\n'
+    (tmp_path / "x.toml").write_text(body + 'policy.chat_template = "own.jinja"\n')
+    assert read_template(load_config(tmp_path / "x.toml").policy.chat_template) == "{{ messages[0]['content'] }}"
+    inline = "{% for m in messages %}" + "{{ m['content'] }}" * 50 + "{% endfor %}"
+    (tmp_path / "y.toml").write_text(body + f'policy.chat_template = "{inline}"\n')
+    assert read_template(load_config(tmp_path / "y.toml").policy.chat_template) == inline
+    with pytest.raises(FileNotFoundError, match=r"policy\.chat_template = 'none\.jinja' is neither"):
+        read_template("none.jinja")
+
+
+def test_a_chat_template_without_chat_is_refused(tmp_path: Path):
+    """A template that would never be used is refused when the file is read."""
+    (tmp_path / "x.toml").write_text(
+        'name = "x"\nprompts.source = "embedded"\npolicy.checkpoint = "embedded"\npolicy.chat_template = "{{ x }}"\n'
+    )
+    with pytest.raises(ConfigError, match=r"only used with policy\.chat = true"):
+        load_config(tmp_path / "x.toml")

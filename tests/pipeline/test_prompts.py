@@ -1,13 +1,19 @@
 """Every kind of source gives the same kind of prompts, and says what is wrong with it."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from pipeline.gym import HASH_SEEDED
 from pipeline.prompts import check_seed_ranges, load_prompts, render
 from pipeline.records import prompt_uid
 from pipeline.verifiers import gold_completion, verify
 
+ROOT = Path(__file__).parents[2]
 ROWS = [{"prompt": f"{i} + 1 =", "answer": str(i + 1), "ability": "sum", "prompt_uid": "theirs"} for i in range(6)]
 
 
@@ -117,6 +123,8 @@ def test_reasoning_gym_verifier_can_be_chosen():
         ({"path": "reasoning-gym/chain_sum", "size": 1, "split": "train"}, "'split' = 'train' has no meaning"),
         ({"path": "reasoning-gym/arc_agi", "size": 1}, "once kept as JSON"),
         ({"path": "reasoning-gym/propositional_logic", "size": 1}, "without an answer"),
+        ({"path": "reasoning-gym/composite", "size": 1}, "Must specify at least one dataset; mend"),
+        ({"path": "reasoning-gym/chain_sum", "size": 1, "settings": {"terms": 2}}, "'terms': 2.*terms.*; mend"),
         ({}, "needs 'path'"),
     ],
 )
@@ -126,13 +134,52 @@ def test_reasoning_gym_source_that_cannot_work(source, message):
         load_prompts(source)
 
 
-def test_hash_seeded_task_needs_a_hash_seed(monkeypatch):
-    """A task whose entries change with the hash seed is refused unless that seed is set."""
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    with pytest.raises(ValueError, match="PYTHONHASHSEED=0"):
-        load_prompts({"path": "reasoning-gym/ransom_note", "size": 1})
-    monkeypatch.setenv("PYTHONHASHSEED", "0")
-    assert len(load_prompts({"path": "reasoning-gym/ransom_note", "size": 1})) == 1
+@pytest.mark.parametrize("task", HASH_SEEDED)
+def test_hash_seeded_tasks_are_the_same_under_every_hash_seed(task):
+    """A task whose entries change with the hash seed gives the same prompts in processes with different ones."""
+    program = (
+        "from pipeline.prompts import load_prompts; "
+        f"print(load_prompts({{'path': 'reasoning-gym/{task}', 'size': 6, 'seed': 3}}).columns())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for hash_seed in (1, 2)
+    }
+    assert len(found) == 1
+    prompts = load_prompts({"path": f"reasoning-gym/{task}", "size": 6, "seed": 3})
+    assert found == {f"{prompts.columns()}\n"}
+    for text, truth in zip(prompts.verifier, prompts.ground_truth, strict=True):
+        assert verify(json.loads(text), truth, gold_completion(json.loads(text), truth)).verdict == "correct"
+
+
+@pytest.mark.parametrize("task", ["boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"])
+def test_tasks_without_an_answer_are_refused(task):
+    """A task that has no answer of its own has nothing to check its verifier with, and is refused by name."""
+    with pytest.raises(ValueError, match=rf"reasoning-gym/{task}' makes entries without an answer"):
+        load_prompts({"path": f"reasoning-gym/{task}", "size": 1})
+
+
+@pytest.mark.parametrize("task", ["arc_agi", "rearc"])
+def test_tasks_that_json_breaks_are_refused(task):
+    """A task that scores its own answer otherwise once it was kept as JSON is refused with both scores."""
+    with pytest.raises(ValueError, match=rf"reasoning-gym/{task}' scores its own answer 1\.0, but 0\.05 once kept"):
+        load_prompts({"path": f"reasoning-gym/{task}", "size": 1})
+
+
+def test_neighbouring_seeds_share_items_and_are_refused():
+    """Items 1 to 4 of seed 7 are items 0 to 3 of seed 8, which is why seeds closer than the size are refused."""
+    one, other = ({"path": "reasoning-gym/chain_sum", "size": 5, "seed": seed} for seed in (7, 8))
+    assert load_prompts(one).messages[1:] == load_prompts(other).messages[:-1]
+    with pytest.raises(ValueError, match=r"set the seed of 'validation' to 12 or more"):
+        check_seed_ranges({"train": one, "validation": other})
+    check_seed_ranges({"train": one, "validation": other | {"seed": 12}})
 
 
 def test_verl_and_conversations_and_row_verifiers(tmp_path):
@@ -168,7 +215,11 @@ def test_template_is_literal(tmp_path):
         ([{"prompt": "q", "answer": "1"}, {"prompt": " ", "answer": "1"}], {}, "row 1 of .* has an empty prompt"),
         ([{"prompt": "q", "answer": "1"}, {"prompt": "q", "answer": None}], {}, "row 1 of .* has no answer"),
         ([{"prompt": "q", "answer": "1"}, {"answer": "1"}], {}, "row 1 of .* the prompt must be text"),
-        ([{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}], {}, "row 0 .* must be text"),
+        (
+            [{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "1"}],
+            {},
+            "row 0 .* or an image must be there",
+        ),
         (
             [{"prompt": [{"role": "system", "content": "s"}], "answer": "1"}],
             {"template": "{prompt}"},

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.prompts import load_prompts
 from pipeline.records import Prompts, canonical
 from pipeline.rewards import Verdict, VerifierPool, check_gold, check_specs
+from pipeline.verifiers import score_reasoning_gym
 
 RIGHT = Verdict("correct", 1.0)
 
@@ -65,6 +67,38 @@ def test_a_hanging_verifier_costs_its_time_limit_only():
         verdicts = [verdict.verdict for verdict in pool.score(items)]
     assert verdicts == ["timeout" if i in (0, 3) else "correct" for i in range(8)]
     assert time.monotonic() - start < 12
+
+
+@pytest.mark.parametrize("kind", ["regex", "loop in C", "deaf"])
+def test_a_verifier_that_hangs_in_c_is_killed(kind):
+    """A regex or a loop inside C code, which no exception reaches, and a process deaf to signals cost the limit only."""
+    with VerifierPool(1, timeout=1.0) as pool:
+        pool.score([(sample("hang_in_c"), "", "ok")])
+        start = time.monotonic()
+        verdicts = pool.score([(sample("hang_in_c"), "", kind), (sample("hang_in_c"), "", "ok")])
+    assert [v.verdict for v in verdicts] == ["timeout", "correct"]
+    assert time.monotonic() - start < 15
+
+
+@pytest.mark.parametrize(
+    "said", [r"\boxed{9^{9^{9^{9}}}}", r"\boxed{1000000000!}", "$" + "(" * 3000 + "1" + ")" * 3000 + "$"]
+)
+def test_mathematics_without_end_is_a_timeout(said):
+    """Answers that math-verify would compute for ever are stopped at the limit, and the next one is scored."""
+    with VerifierPool(1, timeout=2.0) as pool:
+        verdicts = pool.score([(spec("math-verify"), "1", said), (spec("math-verify"), "1/2", "0.5")])
+    assert [v.verdict for v in verdicts] == ["timeout", "correct"]
+
+
+def test_a_scorer_of_reasoning_gym_that_raises_is_an_error():
+    """Text where prime_factorization expects integers makes its scorer raise, which is an error and no failure."""
+    entry = load_prompts({"path": "reasoning-gym/prime_factorization", "size": 1})
+    item = (entry.verifier[0], entry.ground_truth[0])
+    with pytest.raises(ValueError, match="invalid literal"):
+        score_reasoning_gym(json.loads(item[0]), "two x three")
+    with VerifierPool(1) as pool:
+        verdicts = pool.score([(*item, "two x three"), (*item, entry.ground_truth[0])])
+    assert [v.verdict for v in verdicts] == ["error", "correct"]
 
 
 def test_a_failing_verifier_is_an_error_and_the_pool_goes_on():

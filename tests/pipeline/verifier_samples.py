@@ -1,6 +1,9 @@
 """Verifiers that behave well or badly on purpose: workers of ``VerifierPool`` import them by name."""
 
+import itertools
 import os
+import re
+import signal
 import sys
 import time
 
@@ -37,4 +40,17 @@ def misbehave(completion, ground_truth, spec):
             return "not a number"
         case "nan":
             return float("nan")
+    return True
+
+
+def hang_in_c(completion, ground_truth, spec):
+    match completion:
+        case "regex":
+            return re.fullmatch(r"(a+)+", "a" * 60 + "b") is not None
+        case "loop in C":
+            return sum(itertools.repeat(1, 10**15)) == 0
+        case "deaf":
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGALRM):
+                signal.signal(number, signal.SIG_IGN)
+            return re.fullmatch(r"(a+)+", "a" * 60 + "b") is not None
     return True

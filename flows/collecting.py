@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from flows import evidence
 from flows.desk import Desk
+from flows.progress import Rate
+from flows.spool import Spool
 from pipeline.records import Prompts, Rollouts
 
 
@@ -81,24 +83,57 @@ def refresh(
 
 
 def _collect(desk: Desk, policy: str, prompts: Prompts, split: str, *, rollouts: int, seed: int) -> list[str]:
-    size, keys = desk.config.evidence.shard, []
+    """Commit a shard as soon as its last group is there; the groups of the others wait on disk, one by one."""
+    shards = _shards(desk, policy, prompts, rollouts=rollouts, seed=seed)
+    spool = Spool(desk.store.root / "spool")
+    left = {key: set(shard.prompt_uid) - spool.read(key).keys() for key, shard in _open(desk, spool, shards).items()}
+    meta = {"policy": policy, "split": split}
+    for key in [key for key, uids in left.items() if not uids]:
+        _commit(desk, spool, key, meta)
+    home = {uid: key for key, uids in left.items() for uid in uids}
+    missing = prompts.take(prompts.rows_of(list(home)))
     with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
-        for start in range(0, len(prompts), size):
-            shard = prompts.take(range(start, min(start + size, len(prompts))))
-            identity = {
-                "prompts": shard.prompt_uid,
-                "verifiers": shard.verifier,
-                "sampling": desk.config.sampling.model_dump(),
-            }
-            keys.append(
-                desk.store.key(
-                    "rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.config.policy.chat, **identity
-                )
-            )
-            if not desk.store.done(keys[-1]):
-                made = evidence.roll(desk, policy, shard, rollouts=rollouts, seed=seed, step=0)
-                desk.store.trajectories.write(
-                    keys[-1], made.columns(), {"policy": policy, "split": split, "rollouts": len(made)}
-                )
-            advance(len(shard))
-    return keys
+        advance(len(prompts) - len(missing))
+        groups = evidence.stream(desk, policy, missing, rollouts=rollouts, seed=seed) if home else ()
+        rate = Rate()
+        for group in groups:
+            uid = group.prompt_uid[0]
+            spool.add(home[uid], group)
+            left[home[uid]].discard(uid)
+            if not left[home[uid]]:
+                _commit(desk, spool, home[uid], meta)
+            advance(1, rate(sum(map(len, group.completion_ids))))
+    return list(shards)
+
+
+def _shards(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int) -> dict[str, Prompts]:
+    size, shards = desk.config.evidence.shard, {}
+    for start in range(0, len(prompts), size):
+        shard = prompts.take(range(start, min(start + size, len(prompts))))
+        key = desk.store.key(
+            "rollouts",
+            policy=policy,
+            rollouts=rollouts,
+            seed=seed,
+            chat=desk.config.policy.chat,
+            prompts=shard.prompt_uid,
+            verifiers=shard.verifier,
+            sampling=desk.config.sampling.model_dump(),
+            **desk.engines.identity(desk.engines.name(policy)),
+        )
+        shards[key] = shard
+    return shards
+
+
+def _open(desk: Desk, spool: Spool, shards: dict[str, Prompts]) -> dict[str, Prompts]:
+    """Return the shards that are not in the store; what a kill left of the others is dropped."""
+    done = {key for key in shards if desk.store.done(key)}
+    for key in done:
+        spool.drop(key)
+    return {key: shard for key, shard in shards.items() if key not in done}
+
+
+def _commit(desk: Desk, spool: Spool, key: str, meta: dict[str, str]) -> None:
+    made = evidence.in_order(spool.read(key).values())
+    desk.store.trajectories.write(key, made.columns(), {**meta, "rollouts": len(made)})
+    spool.drop(key)

@@ -35,7 +35,11 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
     (folder / "config.toml").write_text(to_toml(config))
     store = open_store(folder / "store", config.catalog or None)
     with VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers:
-        yield Desk(config, folder, store, verifiers, reporter)
+        desk = Desk(config, folder, store, verifiers, reporter)
+        try:
+            yield desk
+        finally:
+            desk.engines.close()
 
 
 def run(

@@ -109,12 +109,12 @@ class ServerGenerate:
         return self._group(request, choices * (request.n // asked))
 
     def _group(self, request: Request, choices: Sequence[dict[str, Any]]) -> Group:
-        ids = [choice.get("token_ids") for choice in choices]
-        if any(tokens is None for tokens in ids):
+        if any(choice.get("token_ids") is None for choice in choices):
             raise ServerError(
-                f"{self.url} returns no token ids: it is no vllm serve, or one before 0.10; text alone cannot be trained "
-                "on, because it may not be the tokens that were sampled"
+                f"{self.url} returns no token ids: it is no vllm serve, or one before 0.10; text alone cannot be "
+                "trained on, because it may not be the tokens that were sampled"
             )
+        ids = [[int(token) for token in choice["token_ids"]] for choice in choices]
         logp = [np.asarray(choice["logprobs"]["token_logprobs"], np.float32) for choice in choices]
         reasons = [str(choice["finish_reason"]) for choice in choices]
         for tokens, values, reason in zip(ids, logp, reasons, strict=True):
@@ -123,7 +123,7 @@ class ServerGenerate:
                     f"prompt {request.prompt_uid}: {self.url} answered {len(tokens)} tokens with {len(values)} log-"
                     f"probabilities, ended by {reason!r}; each token needs a finite one"
                 )
-        return Group(request, [list(map(int, tokens)) for tokens in ids], logp, reasons)
+        return Group(request, ids, logp, reasons)
 
     def _served(self, model: str) -> str:
         names = [entry["id"] for entry in self._ask("GET", "/v1/models", "the list of models")["data"]]

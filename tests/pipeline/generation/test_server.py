@@ -63,7 +63,9 @@ def test_its_draws_are_those_of_vllm_in_process(connect, vllm_engine, sampled):
     """The same requests give the same completions in process and through the server."""
     vllm_engine.load(sampled)
     requests = [Request(f"p{i}", tuple(range(2, 3 + i)), 3, 0) for i in range(5)]
-    ours, theirs = ({g.request.prompt_uid: g.completion_ids for g in e(requests, TEN)} for e in (vllm_engine, connect()))
+    ours, theirs = (
+        {g.request.prompt_uid: g.completion_ids for g in e(requests, TEN)} for e in (vllm_engine, connect())
+    )
     assert ours == theirs
 
 
@@ -96,7 +98,7 @@ def test_trouble_with_the_connection_is_tried_again(flaky, connect, monkeypatch)
     """A server that hangs up twice is asked a third time; what it then answers is not tried again."""
     monkeypatch.setattr(server, "WAITS", (0.01, 0.01, 0.01))
     url = flaky(2)
-    with pytest.raises(ServerError, match="the list of models: .* answered 500"):
+    with pytest.raises(ServerError, match=r"the list of models: .* answered 500"):
         connect(url)
     assert flaky.started[0][1].asked == 3
 

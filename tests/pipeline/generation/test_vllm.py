@@ -116,7 +116,7 @@ def test_handing_weights_over_leaves_the_policy_as_it_is(engine, adapted):
 def test_stale_weights_are_noticed(engine, sampled, moved):
     """An engine whose weights are not the policy's is refused at its first group, and named."""
     engine.load(moved(sampled, 1))
-    with pytest.raises(ValueError, match="this engine does not sample from this policy.*off by"):
+    with pytest.raises(ValueError, match=r"this engine does not sample from this policy.*off by"):
         next(Checked(engine, sampled, "this engine")(REQUESTS, TEN))
     engine.load(sampled)
     assert len(list(Checked(engine, sampled, "this engine")(REQUESTS, TEN))) == len(REQUESTS)
@@ -172,7 +172,7 @@ def test_weights_that_are_not_finite_are_reported(engine, sampled):
     with torch.no_grad():
         broken.model.lm_head.weight[3:].fill_(float("nan"))
     engine.load(broken)
-    with pytest.raises(FloatingPointError, match="prompt-[0-3].*not finite"):
+    with pytest.raises(FloatingPointError, match=r"prompt-[0-3].*not finite"):
         sample(engine)
 
 

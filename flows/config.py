@@ -166,6 +166,9 @@ class Features(Section):
     layers: tuple[str, ...] = ()
     metric: Literal["euclidean", "adam"] = "euclidean"
     score: Literal["cosine", "directional"] = "cosine"
+    compare_full: bool = (
+        False  # before training, score by the gradients of all parameters too, and say how far it agrees
+    )
 
 
 class Select(Section):
@@ -277,6 +280,14 @@ class Config(Section):
             raise ValueError(
                 "features.projection = 'factored' never sees single coordinates: it goes with keep = 1 and "
                 f"metric = 'euclidean', not keep = {self.features.keep} and metric = {self.features.metric!r}"
+            )
+        if self.features.compare_full and not (
+            self.policy.lora and self.evidence.source != "first_stage" and self.features.score == "cosine"
+        ):
+            raise ValueError(
+                "features.compare_full = true sets an adapter's cosines beside those of all parameters, before "
+                "training: it needs [policy.lora], features.score = 'cosine', and evidence.source = 'collect' or "
+                "'import'"
             )
         if self.features.metric == "adam" and self.evidence.source != "first_stage":
             raise ValueError(

@@ -18,6 +18,7 @@ class Stage:
     rollouts_select: int = 0
     targets: dict[str, tuple[list[str], int]] = field(default_factory=dict)
     scores: str = ""
+    full: str = ""  # the same from the gradients of all parameters
     way: str = ""
     cascade: dict[str, Any] = field(default_factory=dict)  # what the free filters saved
     rollouts_refresh: int = 0  # of those for selection, the ones that replace stale evidence

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from flows import evidence
 from flows.config import load_config
 from flows.desk import Desk
+from flows.progress import Rate
 from pipeline.records import Prompts, Rollouts
 
 if TYPE_CHECKING:
@@ -145,24 +146,63 @@ def refresh(
 
 
 def _collect(desk: Desk, policy: str, prompts: Prompts, split: str, *, rollouts: int, seed: int) -> list[str]:
+    """Commit a shard as soon as its last group is there; the groups of the others wait on disk, one by one."""
+    shards = _shards(desk, policy, prompts, rollouts=rollouts, seed=seed)
+    spool = desk.store.spool
+    left = {key: set(shard.prompt_uid) - spool.read(key).keys() for key, shard in _open(desk, shards).items()}
+    meta = {"policy": policy, "split": split}
+    for key in [key for key, uids in left.items() if not uids]:
+        _commit(desk, key, meta, shards[key])
+    home = {uid: key for key, uids in left.items() for uid in uids}
+    missing = prompts.take(prompts.rows_of(list(home)))
+    with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
+        advance(len(prompts) - len(missing))
+        groups = evidence.stream(desk, policy, missing, rollouts=rollouts, seed=seed) if home else ()
+        rate = Rate()
+        for group in groups:
+            uid = group.prompt_uid[0]
+            spool.add(home[uid], uid, group.columns())
+            left[home[uid]].discard(uid)
+            if not left[home[uid]]:
+                _commit(desk, home[uid], meta, shards[home[uid]])
+            advance(1, rate(sum(map(len, group.completion_ids))))
+    return list(shards)
+
+
+def _shards(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int) -> dict[str, Prompts]:
     from pipeline.rescoring import versions
 
-    size, keys = desk.config.evidence.shard, []
-    with desk.reporter.bar(f"collect {rollouts} rollouts a prompt, {split}", len(prompts)) as advance:
-        for start in range(0, len(prompts), size):
-            shard = prompts.take(range(start, min(start + size, len(prompts))))
-            identity = {
-                "prompts": shard.prompt_uid,
-                "verifiers": shard.verifier,
-                "versions": versions(shard.verifier),
-                "sampling": desk.config.sampling.model_dump(),
-            }
-            keys.append(
-                desk.store.key("rollouts", policy=policy, rollouts=rollouts, seed=seed, chat=desk.rendering, **identity)
-            )
-            if not desk.store.done(keys[-1]):
-                made = evidence.roll(desk, policy, shard, rollouts=rollouts, seed=seed, step=0)
-                facts = {"policy": policy, "split": split, "rollouts": len(made), "verifiers": identity["versions"]}
-                desk.store.trajectories.write(keys[-1], made.columns(), facts)
-            advance(len(shard))
-    return keys
+    size, shards = desk.config.evidence.shard, {}
+    for start in range(0, len(prompts), size):
+        shard = prompts.take(range(start, min(start + size, len(prompts))))
+        key = desk.store.key(
+            "rollouts",
+            policy=policy,
+            rollouts=rollouts,
+            seed=seed,
+            chat=desk.rendering,
+            prompts=shard.prompt_uid,
+            verifiers=shard.verifier,
+            versions=versions(shard.verifier),
+            sampling=desk.config.sampling.model_dump(),
+            **desk.engines.identity(desk.engines.name(policy)),
+        )
+        shards[key] = shard
+    return shards
+
+
+def _open(desk: Desk, shards: dict[str, Prompts]) -> dict[str, Prompts]:
+    """Return the shards that are not in the store; what a kill left of the others is dropped."""
+    done = {key for key in shards if desk.store.done(key)}
+    for key in done:
+        desk.store.spool.drop(key)
+    return {key: shard for key, shard in shards.items() if key not in done}
+
+
+def _commit(desk: Desk, key: str, meta: dict[str, str], shard: Prompts) -> None:
+    from pipeline.rescoring import versions
+
+    made = evidence.in_order(Rollouts.of(columns) for columns in desk.store.spool.read(key).values())
+    facts = meta | {"rollouts": len(made), "verifiers": versions(shard.verifier)}
+    desk.store.trajectories.write(key, made.columns(), facts)
+    desk.store.spool.drop(key)

@@ -84,6 +84,49 @@ class Sampling(Section):
     stop: tuple[str, ...] = ()
 
 
+class Generation(Section):
+    """``[generation]``: what makes the rollouts.
+
+    ``engine`` is ``transformers``, ``vllm`` in this process, or ``server``: a running ``vllm serve`` at ``url``, which
+    makes those of the checkpoint that the run starts from, and Transformers the others.
+    """
+
+    engine: Literal["transformers", "vllm", "server"] = "transformers"
+    sequences: int = Field(256, ge=1)  # vllm: completions decoded at once
+    cache: float = Field(0.0, ge=0)  # vllm: GiB of keys and values, 0: 1 on a CPU, else what memory leaves
+    memory: float = Field(0.9, gt=0, lt=1)  # vllm: share of an accelerator's memory; leave room for training beside it
+    tensor_parallel_size: int = Field(1, ge=1)  # vllm: accelerators that share one copy of the weights
+    distributed_backend: Literal["", "mp", "ray"] = ""  # vllm: how their workers are run
+    sleep: bool = False  # vllm: give the accelerator's memory back while nothing is sampled
+    url: str = ""  # server: its address
+    model: str = ""  # server: the name it serves the checkpoint under, empty: the only one there is
+    concurrent: int = Field(64, ge=1)  # server: prompts asked for at once
+    key_variable: str = "OPENAI_API_KEY"  # server: environment variable that holds the key
+    timeout: float = Field(600.0, gt=0)  # server: seconds that the completions of one prompt may take
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        own = {
+            "vllm": {"sequences", "cache", "memory", "tensor_parallel_size", "distributed_backend", "sleep"},
+            "server": {"url", "model", "concurrent", "key_variable", "timeout"},
+        }
+        for engine, names in own.items():
+            changed = [n for n in sorted(names) if getattr(self, n) != type(self).model_fields[n].default]
+            if changed and self.engine != engine:
+                raise ValueError(
+                    f"{changed[0]} = {getattr(self, changed[0])!r} is a setting of engine = {engine!r}, and engine = "
+                    f"{self.engine!r}: leave it out, or choose that engine"
+                )
+        if self.engine == "server" and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"engine = 'server' with url = {self.url!r}: give the address, such as http://host:8000")
+        if self.distributed_backend and self.tensor_parallel_size == 1:
+            raise ValueError(
+                f"distributed_backend = {self.distributed_backend!r} with tensor_parallel_size = 1: one "
+                "accelerator needs no workers; leave it out, or share the weights between several"
+            )
+        return self
+
+
 class Verifiers(Section):
     """``[verifiers]``: the bounded process pool."""
 
@@ -129,6 +172,9 @@ class Features(Section):
     layers: tuple[str, ...] = ()
     metric: Literal["euclidean", "adam"] = "euclidean"
     score: Literal["cosine", "directional"] = "cosine"
+    compare_full: bool = (
+        False  # before training, score by the gradients of all parameters too, and say how far it agrees
+    )
 
 
 class Select(Section):
@@ -201,6 +247,7 @@ class Config(Section):
     policy: Policy
     prompts: Prompts
     sampling: Sampling = Sampling()
+    generation: Generation = Generation()
     verifiers: Verifiers = Verifiers()
     evidence: Evidence = Evidence()
     beliefs: Beliefs = Beliefs()
@@ -228,6 +275,17 @@ class Config(Section):
                 f"prompts.source = 'embedded' needs policy.checkpoint = 'embedded', not {self.policy.checkpoint!r}: "
                 "its wrong labels are that policy's own mistakes"
             )
+        on_cpu = self.policy.device == "cpu"
+        if on_cpu and (self.generation.sleep or self.generation.tensor_parallel_size > 1):
+            raise ValueError(
+                "generation.sleep and generation.tensor_parallel_size are for accelerators, and policy.device = 'cpu': "
+                "leave them out"
+            )
+        if self.generation.engine == "server" and self.evidence.source != "collect":
+            raise ValueError(
+                f"generation.engine = 'server' with evidence.source = {self.evidence.source!r}: the server makes the "
+                "rollouts of the starting checkpoint, and only 'collect' asks for those of the pool"
+            )
         if (self.evidence.source in ("import", "rescore")) != bool(self.evidence.path):
             raise ValueError(
                 f"evidence.source = {self.evidence.source!r} with evidence.path = {self.evidence.path!r}: "
@@ -237,6 +295,14 @@ class Config(Section):
             raise ValueError(
                 "features.projection = 'factored' never sees single coordinates: it goes with keep = 1 and "
                 f"metric = 'euclidean', not keep = {self.features.keep} and metric = {self.features.metric!r}"
+            )
+        if self.features.compare_full and not (
+            self.policy.lora and self.evidence.source != "first_stage" and self.features.score == "cosine"
+        ):
+            raise ValueError(
+                "features.compare_full = true sets an adapter's cosines beside those of all parameters, before "
+                "training: it needs [policy.lora], features.score = 'cosine', and evidence.source = 'collect' or "
+                "'import'"
             )
         if self.features.metric == "adam" and self.evidence.source != "first_stage":
             raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from flows import collecting, evidence, gradients, prepare, steps, story
+from flows import collecting, evidence, full, gradients, prepare, steps, story
 from flows.arms import Arm, Stage
 from flows.desk import Desk
 
@@ -25,6 +25,7 @@ STEPS: dict[str, Callable[..., Any]] = {
     "featurize": gradients.featurize,
     "score": gradients.score,
     "score_directional": gradients.score_directional,
+    "score_full": full.score_full,
     "select": steps.select,
     "shuffle": steps.shuffle,
     "train": steps.train,
@@ -162,12 +163,14 @@ def _select(do: Do, arm: Arm, data: str, policy: str, number: int, length: int) 
     stage.rollouts_refresh = story.count_rollouts(desk, renewed)
     stage.rollouts_select += stage.rollouts_refresh
     targets: dict[str, tuple[list[str], int]] = {}
+    aims = {split: (uids, fresh[split]) for split, uids in uids_of.items()}
     if config.features.score == "directional":
-        aims = {split: (uids, fresh[split]) for split, uids in uids_of.items()}
         stage.scores = do("score_directional", policy, found.left, arm.evidence, aims)
     else:
         targets = _targets(do, policy, uids_of, fresh, "features")
         stage.scores = do("score", do("featurize", policy, found.left, arm.evidence, "pool"), targets)
+    if config.features.compare_full and policy == arm.start:
+        stage.full = do("score_full", policy, found.left, arm.evidence, aims, stage.scores)
     if config.diem.strength > 0 and config.diem.reference == "validation":
         stage.way = gradients.way(desk, policy)
         shared = targets and gradients.is_that_of_features(desk, policy, stage.way)

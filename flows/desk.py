@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config
+from flows.engines import Engines
 from flows.progress import Advance, Reporter
 from pipeline.records import keyed_seed
 
@@ -33,7 +34,8 @@ class Desk:
     def __init__(self, config: Config, folder: Path, store: Store, verifiers: VerifierPool, reporter: Reporter) -> None:
         self.config, self.folder, self.store = config, folder, store
         self.verifiers, self.reporter = verifiers, reporter
-        self.advance: Advance = lambda n: None  # of the bar that is on show
+        self.engines = Engines(self)
+        self.advance: Advance = lambda n, note="": None  # of the bar that is on show
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
         self._held: tuple[str, Policy, Any] | None = None

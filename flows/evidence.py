@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +18,31 @@ if TYPE_CHECKING:
 
 def roll(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int, step: int) -> Rollouts:
     """Sample and score one group a prompt from the policy of a key, or the one being trained from it."""
-    from pipeline.generation import Sampling
-    from pipeline.generation.transformers import TransformersGenerate
+    return in_order(stream(desk, policy, prompts, rollouts=rollouts, seed=seed, step=step))
+
+
+def stream(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int, step: int = 0) -> Iterator[Rollouts]:
+    """Yield the scored group of one prompt after another, as the engine finishes them."""
     from pipeline.rollouts import collect as sample
 
-    loaded = desk.load(policy)
-    groups = sample(
-        prompts,
-        TransformersGenerate(loaded, batch_tokens=desk.config.policy.batch_tokens),
-        desk.verifiers.score,
-        loaded.tokenizer,
-        rollouts=rollouts,
-        sampling=Sampling(**desk.config.sampling.model_dump()),
-        seed=seed,
-        policy=policy,
-        step=step,
-        chat=desk.config.policy.chat,
-    )
-    return Rollouts.concat(groups)
+    with desk.engines.of(policy, step) as generate:
+        yield from sample(
+            prompts,
+            generate,
+            desk.verifiers.score,
+            desk.load(policy).tokenizer,
+            rollouts=rollouts,
+            sampling=desk.engines.sampling(),
+            seed=seed,
+            policy=policy,
+            step=step,
+            chat=desk.config.policy.chat,
+        )
+
+
+def in_order(groups: Iterable[Rollouts]) -> Rollouts:
+    """Return groups as one, shortest prompts first: the order in which they end differs from run to run."""
+    return Rollouts.concat(sorted(groups, key=lambda group: (len(group.prompt_ids[0]), group.prompt_uid[0])))
 
 
 def read_rollouts_of(desk: Desk, rollouts: Sequence[str], uids: Sequence[str]) -> Rollouts:

@@ -32,6 +32,7 @@ def gather(desk: Desk, data: str, curriculum: Arm) -> dict[str, Any]:
             "after": _belief(desk, curriculum.evidence, pool, "after the run"),
         },
         "diem": [facts for stage in curriculum.stages if (facts := _diem(desk, data, stage))],
+        "full": next((desk.store.meta(s.full)["agreement"] for s in curriculum.stages if s.full), None),
         "validity": validity.stored(desk),
         "settings": to_toml(desk.config),
     }

@@ -129,20 +129,20 @@ def _reference(
 def measure(desk: Desk, key: str, prompts: Prompts) -> dict[str, float]:
     """Return greedy accuracy, and the exact expected reward where answers are unique."""
     from pipeline.evaluation import exact_reward, greedy_accuracy
-    from pipeline.generation.transformers import TransformersGenerate
 
     config, policy = desk.config, desk.load(key)
     if config.evaluate.limit:
         prompts = prompts.take(range(min(config.evaluate.limit, len(prompts))))
-    greedy = greedy_accuracy(
-        policy,
-        prompts,
-        TransformersGenerate(policy, batch_tokens=config.policy.batch_tokens),
-        desk.verifiers.score,
-        max_new_tokens=config.evaluate.max_new_tokens or config.sampling.max_new_tokens,
-        stop=config.sampling.stop,
-        chat=config.policy.chat,
-    )
+    with desk.engines.of(key) as generate:
+        greedy = greedy_accuracy(
+            policy,
+            prompts,
+            generate,
+            desk.verifiers.score,
+            max_new_tokens=config.evaluate.max_new_tokens or config.sampling.max_new_tokens,
+            stop=config.sampling.stop,
+            chat=config.policy.chat,
+        )
     exact = (
         {"expected_reward": float(exact_reward(policy, prompts, chat=config.policy.chat).mean())}
         if config.evaluate.exact

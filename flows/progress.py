@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,9 +17,28 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-Advance = Callable[[int], None]
 LOG_WIDTH = 120  # columns of a log, where no terminal says
 LINE_EVERY = 10.0  # seconds between lines of a bar that is not on a terminal
+
+
+class Advance(Protocol):
+    """Says how many more units of a bar are done, with a note to show beside it."""
+
+    def __call__(self, n: int, note: str = "") -> None:
+        """Advance by ``n`` units."""
+        ...
+
+
+class Rate:
+    """Tokens a second since it was made, as a note."""
+
+    def __init__(self) -> None:
+        self.began, self.tokens = time.monotonic(), 0
+
+    def __call__(self, tokens: int) -> str:
+        """Count tokens and return the rate as text."""
+        self.tokens += tokens
+        return f"{self.tokens / max(time.monotonic() - self.began, 1e-9):,.0f} tokens/s"
 
 
 class Reporter:
@@ -50,7 +70,14 @@ class Reporter:
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:
         """Show progress of ``total`` units; the yielded callable says how many more are done."""
-        began = time.monotonic()
+        began, last = time.monotonic(), ""
+        move: Callable[[int, str], None]
+
+        def advance(n: int, note: str = "") -> None:
+            nonlocal last
+            last = f", {note}" if note else last
+            move(n, last)
+
         if self.console.is_terminal and not self.console.quiet:
             columns = [
                 TextColumn("  {task.description}", markup=False),
@@ -62,20 +89,22 @@ class Reporter:
                 *columns, TextColumn("left"), TimeRemainingColumn(), console=self.console, transient=True
             ) as bars:
                 task = bars.add_task(label, total=total)
-                yield lambda n: bars.advance(task, n)
+                move = lambda n, note: bars.update(task, advance=n, description=label + note)  # noqa: E731
+                yield advance
         else:
-            yield self._lines(label, total, began)
-        self.line(f"  {label}: {total} in {time.monotonic() - began:.1f} s")
+            move = self._lines(label, total, began)
+            yield advance
+        self.line(f"  {label}: {total} in {time.monotonic() - began:.1f} s{last}")
 
-    def _lines(self, label: str, total: int, began: float) -> Advance:
+    def _lines(self, label: str, total: int, began: float) -> Callable[[int, str], None]:
         done, last = 0, began
 
-        def advance(n: int) -> None:
+        def advance(n: int, note: str) -> None:
             nonlocal done, last
             done += n
             now = time.monotonic()
             if now - last >= LINE_EVERY and total / 20 <= done < total:
                 last = now
-                self.line(f"  {label}: {done}/{total}, {(now - began) / done * (total - done):.0f} s left")
+                self.line(f"  {label}: {done}/{total}, {(now - began) / done * (total - done):.0f} s left{note}")
 
         return advance

@@ -52,7 +52,11 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
         store.origin = {"code": code_version(), "settings": key}
         if not store.done(key):
             store.record(key, "settings", {}, {"config.toml": settings.encode()})
-        yield Desk(budgeted, folder, store, verifiers, reporter)
+        desk = Desk(budgeted, folder, store, verifiers, reporter)
+        try:
+            yield desk
+        finally:
+            desk.engines.close()
 
 
 def run(

@@ -100,6 +100,7 @@ def train(
         insight=config.insight.model_dump(),
         diem=config.diem.model_dump() | {"way": way} if way else {},
         targets={name: [list(keys), size] for name, (keys, size) in targets.items()} if targets else {},
+        **desk.engines.identity(desk.engines.trained),
     )
     if not desk.store.done(key):
         direction = (
@@ -130,7 +131,8 @@ def evaluate(desk: Desk, policy: str, data: str, splits: Sequence[str]) -> str:
     from flows.learning import measure
 
     settings = desk.config.evaluate
-    key = desk.store.key("evaluation", policy=policy, data=data, splits=list(splits), **settings.model_dump())
+    engine = desk.engines.identity(desk.engines.name(policy))
+    key = desk.store.key("evaluation", policy=policy, data=data, splits=list(splits), **settings.model_dump(), **engine)
     if not desk.store.done(key):
         desk.store.record(
             key, "evaluation", {"sets": {split: measure(desk, policy, desk.prompts(data, split)) for split in splits}}

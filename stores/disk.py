@@ -1,4 +1,4 @@
-"""The disk: seven operations, through which everything that a store writes itself goes, and what is built from them.
+"""The disk: eight operations, through which everything that a store writes itself goes, and what is built from them.
 
 Because there are no others, a test can fail each of them, record them all, or lose what was not synced. (A database
 does its own writing, with its own promises.)
@@ -21,12 +21,17 @@ _REMEDIES = {
 _CHUNK = 1 << 20
 
 
-# ---- the seven operations -----------------------------------------------------------------------------------------
+# ---- the eight operations -----------------------------------------------------------------------------------------
 
 
 def create(path: Path, mode: int = 0o444) -> int:
     """Create a file that must not exist; returns a descriptor that can be written whatever the mode."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+
+
+def reopen(path: Path) -> int:
+    """Open a file that is there, to write at its end."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND)
 
 
 def append(descriptor: int, data: bytes | memoryview) -> None:

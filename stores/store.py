@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stores.checkpoints import Checkpoints
     from stores.curricula import Curricula
     from stores.gradients import Gradients
+    from stores.spool import Spool
     from stores.tables import Tables
     from stores.trajectories import Trajectories
 
@@ -56,6 +57,13 @@ class Store:
         from stores.trajectories import Trajectories
 
         return Trajectories(self)
+
+    @cached_property
+    def spool(self) -> "Spool":
+        """Groups of rollouts that wait for the rest of their shard."""
+        from stores.spool import Spool
+
+        return Spool(self.root)
 
     @cached_property
     def gradients(self) -> "Gradients":

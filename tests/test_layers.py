@@ -24,7 +24,8 @@ DOORS = {
     "tokenizers": {"pipeline/embedded/warm_start.py"},
     "datasets": {"pipeline/prompts.py"},
     "reasoning_gym": {"pipeline/gym.py", "pipeline/verifiers.py"},
-    "vllm": set(),
+    "vllm": {"pipeline/generation/vllm.py"},
+    "httpx": {"pipeline/generation/server.py"},
     "faiss": {"stores/index.py", "stores/foreign.py"},
     "sqlalchemy": {
         *(f"stores/{name}.py" for name in ("catalog", "database", "leases", "rows", "schema", "migrations/__init__")),

@@ -10,7 +10,6 @@ rounding of the logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation import Group, Request, Sampling
+from pipeline.generation.endings import check_room, end_tokens
 from pipeline.policy import Batch, Policy, collate, positions
 from pipeline.records import keyed_seed
 
@@ -38,13 +38,7 @@ class TransformersGenerate:
 
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Complete ``requests``, shortest prompts first, yielding each group as its batch ends."""
-        limit = self.policy.context_length
-        for request in requests:
-            if len(request.prompt_ids) + sampling.max_new_tokens > limit:
-                raise ValueError(
-                    f"prompt {request.prompt_uid} has {len(request.prompt_ids)} tokens; with max_new_tokens = "
-                    f"{sampling.max_new_tokens} it exceeds the context of {limit}: drop it or lower max_new_tokens"
-                )
+        check_room(requests, sampling, self.policy.context_length)
         pending = sorted(requests, key=lambda r: (len(r.prompt_ids), r.prompt_uid))
         while pending:
             width = len(pending[-1].prompt_ids) + sampling.max_new_tokens
@@ -135,29 +129,6 @@ class _Draw:
         self.logp.append(logp.gather(1, token).squeeze(1))
         self.position += 1
         return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
-
-
-def end_tokens(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the ids that end a completion: the end token, and each token whose text holds a ``stop`` character.
-
-    Raises:
-        ValueError: a stop string is longer than one character, so that it could fall between two tokens.
-    """
-    long = [s for s in stop if len(s) != 1]
-    if long:
-        raise ValueError(
-            f"sampling.stop = {long}: stop strings are single characters; use the one that ends the answer"
-        )
-    return _end_tokens(tokenizer, stop)
-
-
-@lru_cache(maxsize=8)
-def _end_tokens(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
-    ends = {int(tokenizer.eos_token_id)}
-    if stop:
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        ends |= {i for i, text in enumerate(texts) if any(s in text for s in stop)}
-    return tuple(sorted(ends))
 
 
 def _nucleus(logp: Tensor, top_p: float) -> Tensor:

@@ -19,8 +19,8 @@ def render(facts: Mapping[str, Any]) -> str:
 
     Args:
         facts: ``name``, ``settings`` (TOML), ``summary`` (levels, curves and costs of every seed), and of the seed that
-            the pictures show: ``stages``, ``overlap``, ``beliefs``, ``diem``, and ``validity`` or None. Numbers that
-            are not finite count as missing.
+            the pictures show: ``stages``, ``overlap``, ``beliefs``, ``diem``, and ``full`` and ``validity`` or None.
+            Numbers that are not finite count as missing.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -120,6 +120,7 @@ def make(
             "before": {"label": "before", "mean": [0.5] * 40, "n_obs": [0] * 20 + [8] * 20},
             "after": {"label": "after", "mean": [rng.random() for _ in range(40)]},
         },
+        "full": {t: {"rho": 0.71, "low": 0.5, "high": 0.85, "n": 54} for t in TARGETS} if valid else None,
         "validity": validity(rng) if valid else None,
         "diem": [{"stage": i, "weights": weights, **step} for i in range(1, stages)] * diem,
         "settings": 'name = "demo"\n',

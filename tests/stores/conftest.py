@@ -17,7 +17,7 @@ from stores.remote import RemoteObjects
 from stores.store import Store
 
 Columns = dict[str, list[Any]]
-OPERATIONS = ("create", "append", "sync", "rename", "make_folder", "sync_folder", "unlink")
+OPERATIONS = ("create", "reopen", "append", "sync", "rename", "make_folder", "sync_folder", "unlink")
 
 
 @pytest.fixture(params=["local", "shared"])
@@ -95,7 +95,7 @@ def names() -> dict[str, str]:
 
 @pytest.fixture
 def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
-    """Lets the n-th of the seven disk operations fail as on a full disk, within a `with` block."""
+    """Lets the n-th of the eight disk operations fail as on a full disk, within a `with` block."""
 
     @contextmanager
     def failing(number: int) -> Iterator[None]:

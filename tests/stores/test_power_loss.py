@@ -18,8 +18,10 @@ import pytest
 
 from stores import disk, open_store
 from stores.database import Database
+from stores.spool import Spool
 from stores.store import Store
 from stores.verification import verify
+from tests.stores.conftest import OPERATIONS
 
 Operation = tuple[Any, ...]
 
@@ -47,6 +49,8 @@ class ForgetfulDisk:
         kind, *rest = operation
         if kind == "create":
             self.names[rest[0]] = self.open[rest[1]] = Inode()
+        elif kind == "reopen":
+            self.open[rest[1]] = self.names[rest[0]]
         elif kind == "append":
             self.open[rest[0]].content += rest[1]
         elif kind == "sync":
@@ -97,7 +101,8 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
         def wrap(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
             def wrapped(*args: Any) -> Any:
                 result = operation(*args)
-                facts = (relative(args[0]), result) if name == "create" else tuple(map(relative, args))
+                opened = name in ("create", "reopen")
+                facts = (relative(args[0]), result) if opened else tuple(map(relative, args))
                 done.append((name, *(bytes(fact) if isinstance(fact, memoryview) else fact for fact in facts)))
                 return result
 
@@ -112,7 +117,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Any]:
                 done.append(("catalog", (root / "store" / "catalog.sqlite").read_bytes()))
 
         with monkeypatch.context() as patch:
-            for name in ("create", "append", "sync", "rename", "make_folder", "sync_folder", "unlink"):
+            for name in OPERATIONS:
                 patch.setattr(disk, name, wrap(name, getattr(disk, name)))
             patch.setattr(Database, "transaction", committed)
             yield done
@@ -160,6 +165,28 @@ def test_any_moment_leaves_the_old_state_or_the_new(
                 assert _write_everything(left, rollouts, names, tmp_path / "policy") == keys
                 assert [verdict.wrong for verdict in verify(left) if verdict.wrong] == []
     assert commits == len(keys)
+
+
+def test_groups_that_wait_survive(tmp_path: Path, record: Callable[..., Any]) -> None:
+    """At every prefix of operations, however unsynced writes are lost, the groups that were added are there, whole."""
+    store = open_store(tmp_path / "store")
+    with record(tmp_path) as operations:
+        for number in range(3):
+            store.spool.add("shard", f"group-{number}", {"text": [f"answer {number}"] * 50})
+            operations.append(("added",))
+    model, added, rng = ForgetfulDisk(), 0, random.Random(0)
+    model.names[Path("store")] = model.safe[Path("store")] = Inode(folder=True)
+    for number, operation in enumerate(operations):
+        model.apply(operation)
+        added += operation[0] == "added"
+        for way, (chance, keep) in enumerate([(None, False), (None, True), (rng, True), (rng, True)]):
+            root = tmp_path / f"{number}-{way}"
+            root.mkdir()
+            model.after_power_loss(root, chance, keep)
+            found = Spool(root / "store").read("shard")
+            assert list(found) in ([f"group-{n}" for n in range(added)], [f"group-{n}" for n in range(added + 1)])
+            assert all(columns == {"text": [f"answer {name[-1]}"] * 50} for name, columns in found.items())
+    assert added == 3
 
 
 def test_the_model_forgets(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from pipeline.policy import Policy
 
 CPU_BLOCK = 32  # tokens; a multiple of 32 is what the CPU kernels need
 
+AHEAD = 4  # a group counts whole until its last completion ends, so at twice the sequences some slots stay empty
+
 
 class VllmGenerate:
     """Sampling with vLLM from the weights that ``load`` was given last.
@@ -36,7 +38,7 @@ class VllmGenerate:
         dtype: of the weights in the engine.
         device: ``cpu``, or the kind of accelerator that this build of vLLM serves.
         context: most tokens of a prompt with its completion; 0 takes the policy's own.
-        sequences: completions that are decoded at once. Twice as many are asked for, so that none is waited for.
+        sequences: completions that are decoded at once; ``AHEAD`` times as many are asked for.
         cache: GiB of the key-value cache, 0: on an accelerator what ``memory`` leaves, on a CPU 1.
         memory: share of an accelerator's memory that weights and cache may take.
         tensor_parallel_size: accelerators that share one copy of the weights.
@@ -168,7 +170,7 @@ class VllmGenerate:
         self.starts += 1
 
     def _has_room(self, running: dict[str, Request], request: Request) -> bool:
-        return not running or sum(r.n for r in running.values()) + request.n <= 2 * self.sequences
+        return not running or sum(r.n for r in running.values()) + request.n <= AHEAD * self.sequences
 
     def _name(self) -> str:
         self._number += 1

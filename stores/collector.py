@@ -21,7 +21,7 @@ _SKEW = 60.0  # seconds that the clock of a bucket, in whole seconds, may be beh
 
 @dataclass(frozen=True)
 class Collected:
-    """What was removed: objects, and local temporaries and copies."""
+    """What was removed: objects, and local temporaries, copies, and groups whose shard nobody went on with."""
 
     objects: int
     temporaries: int
@@ -34,7 +34,7 @@ def orphans(store: Store) -> list[str]:
 
 
 def collect(store: Store, grace_seconds: float = DAY) -> Collected:
-    """Delete retired artifacts, orphans and temporaries that are older than the grace period and than every lease.
+    """Delete retired artifacts, orphans and what waits that are older than the grace period and than every lease.
 
     Args:
         store: What to clean.
@@ -51,7 +51,8 @@ def collect(store: Store, grace_seconds: float = DAY) -> Collected:
         old = [digest for digest, put in store.objects.listing() if put <= limit and digest not in referenced]
         for digest in old:
             store.objects.delete(digest)
-        temporaries = sum(_delete_old(path, limit) for path in store.objects.temporaries.iterdir())
+        waiting = [store.objects.temporaries, store.spool.folder]
+        temporaries = sum(_delete_old(path, limit) for folder in waiting if folder.is_dir() for path in folder.iterdir())
     return Collected(len(old), temporaries + _trim_cache(store, limit, referenced))
 
 

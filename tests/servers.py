@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,19 +43,31 @@ def postgres() -> Iterator[Callable[[], str]]:
 def bucket() -> Iterator[Callable[[], str]]:
     """Gives the URL of an empty place in a bucket of an S3 server, another at each call."""
     import s3fs
-    from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}
-    os.environ.update(KEYS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"})
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("influent")
-    yield lambda: f"s3://influent/{uuid.uuid4().hex}"
-    server.stop()
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # In a process of its own: what it imports is not for the process that runs the tests (vLLM stumbles over Flask).
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}
+        os.environ.update(KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"})
+        _wait_for(port, server)
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir("influent")
+        yield lambda: f"s3://influent/{uuid.uuid4().hex}"
+        server.terminate()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the S3 server ended"
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise TimeoutError(f"the S3 server does not answer on port {port}")

@@ -200,7 +200,7 @@ def test_a_bundle_brings_images_back_as_they_were(tmp_path):
     """Prompts with images, exported as a bundle and loaded again, are the same prompts, as ``datasets`` reads them too."""
     import datasets
 
-    from flows.summary import with_images
+    from flows.export import with_images
     from stores.bundles import write_bundle
 
     datasets.disable_progress_bars()

@@ -58,7 +58,7 @@ def _operations(
     return operations | {
         "folder": (lambda: store.checkpoints.folder("old-policy"), folder.exists),
         "retire": (lambda: store.catalog.retire("to-retire"), lambda: not store.done("to-retire")),
-        "lease": (lambda: store.leases.acquire("new", 60.0), lambda: _is_held(store.leases, "new")),
+        "lease": (lambda: store.leases.acquire("new", 0.05), lambda: _is_held(store.leases, "new")),
         "renew": (lambda: store.leases.renew(lease, 6000.0), lambda: store.leases._expiry("held") > lease.expires_at),
         "release": (lambda: store.leases.release(lease), lambda: not _is_held(store.leases, "held")),
         "collect": (lambda: collect(store, 0), lambda: not store.objects.exists(File(_sha(b"retired"), 7))),

@@ -25,6 +25,7 @@ STORED = {
     "status": "say what a run directory holds",
     "verify": "read every stored file and compare it with its checksum",
     "gc": "delete files that nothing refers to and that are older than the grace period",
+    "retire": "hide a stored thing; gc deletes it, and the files that nothing else names, after its grace period",
     "merge": "copy what another run directory's store has and this one lacks",
     "lineage": "say what a stored thing was made from, with which settings and code",
 }
@@ -84,7 +85,8 @@ def parser() -> argparse.ArgumentParser:
         "--grace", type=float, default=24.0, metavar="HOURS", help="keep what is younger; longer than a step; 24"
     )
     stored["merge"].add_argument("other", type=Path, help="the run directory that is read")
-    stored["lineage"].add_argument("key", help="a key, such as manifest.json and summary.json name them")
+    for name in ("lineage", "retire"):
+        stored[name].add_argument("key", help="a key, such as manifest.json and summary.json name them")
     add("recipes", "list the recipes that come with the package")
     return main
 

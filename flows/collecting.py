@@ -12,6 +12,7 @@ from flows.config import load_config
 from flows.desk import Desk
 from flows.progress import Rate
 from pipeline.records import Prompts, Rollouts
+from stores.errors import Damaged
 
 if TYPE_CHECKING:
     from stores.store import Store
@@ -202,7 +203,13 @@ def _open(desk: Desk, shards: dict[str, Prompts]) -> dict[str, Prompts]:
 def _commit(desk: Desk, key: str, meta: dict[str, str], shard: Prompts) -> None:
     from pipeline.rescoring import versions
 
-    made = evidence.in_order(Rollouts.of(columns) for columns in desk.store.spool.read(key).values())
+    groups = desk.store.spool.read(key)
+    if groups.keys() != set(shard.prompt_uid):
+        raise Damaged(
+            f"{desk.store.spool.file(key)} holds {len(groups)} of the {len(shard)} groups that were added to it; run "
+            "the same command again: what is missing is sampled again"
+        )
+    made = evidence.in_order(Rollouts.of(columns) for columns in groups.values())
     facts = meta | {"rollouts": len(made), "verifiers": versions(shard.verifier)}
     desk.store.trajectories.write(key, made.columns(), facts)
     desk.store.spool.drop(key)

@@ -10,7 +10,7 @@ from typing import Any
 from flows.cli import SINGLE, STORED
 from flows.config import Config, load_config, recipes
 from flows.progress import Reporter
-from stores.errors import StoreError
+from stores.errors import Damaged, StoreError
 
 __all__ = ["StoreError", "dispatch"]
 
@@ -144,7 +144,15 @@ def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Re
 
 
 def _stored(arguments: argparse.Namespace) -> Result:
-    store = _store(arguments.dir)
+    try:
+        store = _store(arguments.dir)
+    except Damaged as error:
+        if arguments.command == "verify":
+            return {"files": 0, "damaged": [str(error)]}, 3
+        raise
+    if arguments.command == "retire":
+        store.catalog.retire(arguments.key)
+        return {"retired": arguments.key}, 0
     if arguments.command == "gc":
         return _gc(store, arguments.grace)
     if arguments.command == "merge":

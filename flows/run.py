@@ -36,18 +36,19 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
             "another run; give it another name, or another --dir"
         )
     from flows.dryrun import fitted
+    from flows.summary import write_text
 
     budgeted = fitted(config)
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)
     settings = to_toml(config)
-    (folder / "config.toml").write_text(settings)
     store = open_store(folder / "store", config.catalog or None, config.objects or None)
     with (
         store.hold(f"run {config.name}"),
         VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers,
     ):
+        write_text(folder / "config.toml", settings)
         key = store.key("settings", toml=settings)
         store.origin = {"code": code_version(), "settings": key}
         if not store.done(key):

@@ -5,8 +5,8 @@ What is read is compared with the seals that were written with it.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import sqlalchemy as sql
@@ -31,23 +31,31 @@ class Catalog:
         self.database = database
         self.name = database.name
 
-    def get(self, key: str) -> Artifact | None:
-        """The artifact of a key, or None.
+    def get(self, key: str, retired: bool = False) -> Artifact | None:
+        """The artifact of a key, or None; a retired one on request.
 
         Raises:
             Damaged: the catalog's rows are not what was committed.
         """
         with self.database.transaction() as connection:
             row = rows.find(connection, key)
-            return None if row is None or row.retired_at is not None else self._artifact(connection, row)
+            hidden = row is None or (row.retired_at is not None and not retired)
+            return None if hidden else self._artifact(connection, row)
 
-    def commit(self, artifact: Artifact, counts: Sequence[Count] = (), lease: Lease | None = None) -> Artifact:
+    def commit(
+        self,
+        artifact: Artifact,
+        counts: Sequence[Count] = (),
+        lease: Lease | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> Artifact:
         """Make an artifact visible, with its files and belief counts, in one transaction.
 
         Args:
             artifact: What to commit; its files must be durable already.
             counts: (prompt_uid, successes, failures), a prompt at most once, in the order to keep.
             lease: What the committing process holds; a lease that somebody else has taken over is refused.
+            check: Called while nothing can be collected; what it raises stops the commit.
 
         Returns:
             The stored artifact. The same key with the same content, however long it took to make, is a no-op, and takes
@@ -64,6 +72,8 @@ class Catalog:
         with self.database.transaction(write=True) as connection:
             if lease is not None:
                 check_fence(connection, lease)
+            if check is not None:
+                check()
             row = rows.find(connection, artifact.key)
             if row is None:
                 rows.insert(connection, artifact, counts)
@@ -141,22 +151,42 @@ class Catalog:
             if row.counts != seals.of_counts(()):
                 raise ValueError(f"key {key!r} has belief counts, and beliefs lose nothing; retire what has none")
             if row.retired_at is None:
+                self._artifact(connection, row)
                 rows.retire(connection, key, time.time())
 
     @contextmanager
-    def exclusive(self, retired_before: float = 0.0) -> Iterator[set[str]]:
+    def exclusive(self) -> Iterator[set[str]]:
         """Hold all commits back; gives the digests that some artifact references.
-
-        Args:
-            retired_before: Artifacts that were retired earlier than this (seconds since 1970), and whose key nobody
-                leases, are removed first.
 
         Raises:
             Damaged: a row is not what was committed, or has vanished: what it referenced is then not known.
         """
         with self.database.transaction(write=True) as connection:
-            rows.remove_retired(connection, retired_before, time.time())
             yield {file.digest for _, _, file in self._files(connection)}
+
+    def remove_retired(self, before: float) -> list[str]:
+        """Remove the artifacts that were retired before a moment (seconds since 1970), unless their key is leased.
+
+        Returns:
+            Their keys.
+
+        Raises:
+            Damaged: a row is not what was committed, or has vanished.
+        """
+        with self.database.transaction(write=True) as connection:
+            self._files(connection)  # nothing is removed on the word of a damaged row
+            return rows.remove_retired(connection, before, time.time())
+
+    def sound_files(self) -> list[tuple[str, str, File]]:
+        """As `files`, of the artifacts in use whose rows are what was committed; `problems` names the others."""
+        found = []
+        with self.database.transaction() as connection:
+            for row, files, inputs in rows.read_all(connection):
+                with suppress(Damaged):
+                    artifact = rows.checked(row, files, inputs)
+                    if row.retired_at is None:
+                        found += [(artifact.key, name, file) for name, file in artifact.files.items()]
+        return found
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the catalog itself: pages, seals, counts, vanished artifacts."""

@@ -3,7 +3,9 @@
 Kept are the objects that an artifact references, those put within the grace period, and those put since the oldest
 lease that is held now was taken: a writer with a lease may take as long as it likes from its first object to its
 commit. A retired artifact is removed, with the files that nothing else references, once it has been retired for the
-grace period and nobody leases its key. Commits wait meanwhile, readers do not; a file that is mapped stays readable.
+grace period and nobody leases its key. Commits wait while objects are deleted, some at a time, and see afterwards what
+is gone; readers do not wait, and a file that is mapped stays readable. Groups that wait for the rest of their shard
+are left alone while anybody holds a lease.
 """
 
 import shutil
@@ -16,6 +18,7 @@ from stores.remote import RemoteObjects
 from stores.store import Store
 
 DAY = 86400.0
+_ROUND = 200  # objects that are deleted while commits wait
 _SKEW = 60.0  # seconds that the clock of a bucket, in whole seconds, may be behind the one that dates leases
 
 
@@ -47,19 +50,29 @@ def collect(store: Store, grace_seconds: float = DAY) -> Collected:
         raise ValueError(f"grace_seconds = {grace_seconds}: give a period of 0 seconds or more")
     began, oldest = time.time(), store.leases.oldest()
     limit = began - grace_seconds if oldest is None else min(began - grace_seconds, oldest - _SKEW)
-    with store.catalog.exclusive(retired_before=began - grace_seconds) as referenced:
-        old = [digest for digest, put in store.objects.listing() if put <= limit and digest not in referenced]
-        for digest in old:
+    for key in store.catalog.remove_retired(began - grace_seconds):
+        shutil.rmtree(store.root / "checkpoints" / key, ignore_errors=True)
+    old = [digest for digest, put in store.objects.listing() if put <= limit]
+    deleted = sum(_delete(store, old[start : start + _ROUND]) for start in range(0, len(old), _ROUND))
+    waiting = [store.objects.temporaries] + ([store.spool.folder] if oldest is None else [])
+    temporaries = sum(_delete_old(path, limit) for folder in waiting if folder.is_dir() for path in folder.iterdir())
+    return Collected(deleted, temporaries + _trim_cache(store, limit))
+
+
+def _delete(store: Store, digests: list[str]) -> int:
+    """Delete those that nothing references, while commits wait; a commit that comes later sees that they are gone."""
+    with store.catalog.exclusive() as referenced:
+        loose = [digest for digest in digests if digest not in referenced]
+        for digest in loose:
             store.objects.delete(digest)
-        waiting = [store.objects.temporaries, store.spool.folder]
-        temporaries = sum(_delete_old(path, limit) for folder in waiting if folder.is_dir() for path in folder.iterdir())
-    return Collected(len(old), temporaries + _trim_cache(store, limit, referenced))
+    return len(loose)
 
 
-def _trim_cache(store: Store, limit: float, referenced: set[str]) -> int:
+def _trim_cache(store: Store, limit: float) -> int:
     """Remove local copies of objects that are not in the bucket's catalog any more."""
     if not isinstance(store.objects, RemoteObjects):
         return 0
+    referenced = {file.digest for _, _, file in store.catalog.files()}
     old = [digest for digest, made in store.objects.cached() if made <= limit and digest not in referenced]
     for digest in old:
         store.objects.drop_copy(digest)

@@ -5,6 +5,7 @@ it has ended: SQLite runs in WAL mode with full synchronisation, Postgres as its
 `synchronous_commit` are on unless somebody switched them off).
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.exc import DatabaseError, DataError, OperationalError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import NullPool
 
 from stores import schema
@@ -69,8 +71,8 @@ class Database:
         """
         options: dict[str, Any] = {"influent_write": write}
         postgres = self._engine.dialect.name == "postgresql"
-        if postgres and not write:
-            options["isolation_level"] = "REPEATABLE READ"  # SQLite's readers see one state anyway
+        if postgres:  # a writer that waited for its turn must see what was committed meanwhile; a reader sees one state
+            options["isolation_level"] = "READ COMMITTED" if write else "REPEATABLE READ"
         try:
             with self._engine.execution_options(**options).begin() as connection:
                 if postgres and write:
@@ -78,10 +80,10 @@ class Database:
                 yield connection
         except DataError as error:
             raise ValueError(f"catalog {self.name} cannot hold a value: {error.orig}; change it") from error
-        except OperationalError as error:
+        except (OperationalError, InterfaceError, PoolTimeoutError) as error:
             raise StoreError(
-                f"catalog {self.name}: {error.orig}; check the disk and the database, then repeat the step: "
-                "a repeated commit changes nothing"
+                f"catalog {self.name}: {getattr(error, 'orig', error)}; check the disk and the database, then repeat the "
+                "step: a repeated commit changes nothing"
             ) from error
         except DatabaseError as error:
             raise Damaged(f"catalog {self.name}: {error.orig}; restore it from a copy") from error
@@ -132,8 +134,11 @@ def on_network(path: Path, mounts: str) -> str | None:
 
 
 def _engine(url: str) -> sql.Engine:
-    if sql.make_url(url).get_backend_name() != "sqlite":
-        return sql.create_engine(url, pool_pre_ping=True)
+    if (backend := _backend(url)) == "postgresql":
+        engine = sql.create_engine(url, pool_pre_ping=True)
+        os.register_at_fork(after_in_child=lambda: engine.dispose(close=False))  # the parent's connections stay its own
+        return engine
+    assert backend == "sqlite"
     _warn_of_network(Path(sql.make_url(url).database or ""))
     # No pool: a connection costs under a millisecond, and none is ever carried across a fork.
     engine = sql.create_engine(url, poolclass=NullPool)
@@ -150,6 +155,21 @@ def _engine(url: str) -> sql.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _backend(url: str) -> str:
+    """The kind of database; StoreError where it is none of ours, or its driver is not installed."""
+    try:
+        parsed = sql.make_url(url)
+        if parsed.get_backend_name() not in ("sqlite", "postgresql"):
+            raise ArgumentError(f"there is no catalog in {parsed.get_backend_name()}")
+        parsed.get_dialect().import_dbapi()
+    except (ArgumentError, ImportError, NoSuchModuleError) as error:
+        raise StoreError(
+            f"catalog = {url.rpartition('@')[2]!r}: {error}; give 'postgresql+psycopg://user@host/database' and pip "
+            "install 'influent[postgres]', or leave it empty for SQLite"
+        ) from error
+    return parsed.get_backend_name()
 
 
 def _warn_of_network(path: Path) -> None:

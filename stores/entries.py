@@ -32,6 +32,10 @@ class Key(str):
         key.identity = identity
         return key
 
+    def __getnewargs__(self) -> tuple[str, Mapping[str, Any]]:  # type: ignore[override]
+        """What a copy is made from."""
+        return str(self), self.identity
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -91,8 +95,10 @@ def check_counts(counts: Sequence[Count]) -> None:
     for uid, successes, failures in counts:
         if uid in seen:
             raise ValueError(f"counts has prompt {uid!r} twice; add its successes and failures up")
-        if not all(type(count) is int and count >= 0 for count in (successes, failures)):
-            raise ValueError(f"counts of prompt {uid!r} are {(successes, failures)!r}; give whole numbers from 0 up")
+        if not all(type(count) is int and 0 <= count < 2**31 for count in (successes, failures)):
+            raise ValueError(
+                f"counts of prompt {uid!r} are {(successes, failures)!r}; give whole numbers from 0 to 2^31 - 1"
+            )
         seen.add(uid)
 
 

@@ -179,7 +179,15 @@ def _is_gone(owner: str) -> bool:
     pid, _, start = rest.partition(":")
     if host != _this_machine() or not Path("/proc/self/stat").exists() or not pid.isdigit():
         return False
-    return str(_started(int(pid))) != start
+    started = _started(int(pid))
+    if started is None and not Path(f"/proc/{pid}").exists():
+        try:
+            os.kill(int(pid), 0)  # there may be processes that /proc does not show
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+    return str(started) != start
 
 
 def _find(connection: sql.Connection, name: str) -> Any:

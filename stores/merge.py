@@ -32,9 +32,10 @@ def merge(target: Store, source: Store) -> Merged:
         Damaged: a file of the source is not what was stored; what was copied before it stays.
     """
     keys = source.catalog.keys()
-    new = [key for key in keys if not target.done(key)]
-    for key in sorted(set(keys) - set(new)):
-        found = differences(target.get(key), source.get(key))
+    present = {key: artifact for key in keys if (artifact := target.catalog.get(key, retired=True))}
+    new = [key for key in keys if key not in present or not target.done(key)]
+    for key, artifact in present.items():
+        found = differences(artifact, source.get(key))
         if found or _counts(target, key) != _counts(source, key):
             what = ", ".join(found or ["counts"])
             raise Conflict(f"key {key} differs between {target.root} and {source.root}: {what}; keep the two apart")
@@ -43,7 +44,7 @@ def merge(target: Store, source: Store) -> Merged:
         files: dict[str, Path] = {name: source.objects.path(file) for name, file in artifact.files.items()}
         stored = {name: target.objects.put_file(path) for name, path in files.items()}
         assert stored == artifact.files, "a verified file has its digest"
-        target.catalog.commit(artifact, _counts(source, key), target.lease)
+        target.commit(artifact, _counts(source, key))
     return Merged(len(new), len(keys) - len(new))
 
 

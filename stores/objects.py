@@ -63,14 +63,13 @@ class Objects:
         self._adopt(new.path, File(new.digest, new.size))
 
     def put(self, data: bytes) -> File:
-        """Store bytes; putting what is there already is a no-op.
+        """Store bytes; putting what is there already is a no-op, and what is there damaged is replaced.
 
         Raises:
             OSError: the disk refused; nothing half written has a final name.
-            Damaged: the object is there with another size.
         """
         file = File(hashlib.sha256(data).hexdigest(), len(data))
-        if self.place(file).exists():
+        if self._is_whole(file):
             self._settle(file)
         else:
             with self.writer() as new:
@@ -124,16 +123,13 @@ class Objects:
                 yield path.name, path.stat().st_mtime
 
     def _adopt(self, temporary: Path, file: File) -> None:
-        """Give a finished temporary its final name, or drop it when the object is there."""
+        """Give a finished temporary its final name, in the place of what has it."""
         place = self.place(file)
         try:
             with disk.remedied(place):
-                if place.exists():
-                    disk.unlink(temporary)
-                else:
-                    if not place.parent.is_dir():
-                        disk.make_folder(place.parent)
-                    disk.rename(temporary, place)
+                if not place.parent.is_dir():
+                    disk.make_folder(place.parent)
+                disk.rename(temporary, place)
         except OSError:
             with suppress(OSError):
                 disk.unlink(temporary)
@@ -143,7 +139,6 @@ class Objects:
     def _settle(self, file: File) -> None:
         """Make an object's name durable, and young again for the collector: it is about to be referenced."""
         place = self.place(file)
-        self._check_size(place, file)
         with disk.remedied(place):
             with suppress(PermissionError):  # another user's object: the collector's grace counts from its own age
                 os.utime(place)
@@ -155,12 +150,23 @@ class Objects:
     def _check(self, path: Path, file: File) -> None:
         stamp = self._stamp(path)
         self._check_size(path, file)
-        with path.open("rb") as source:
-            digest = hashlib.file_digest(source, "sha256").hexdigest()
+        try:
+            with path.open("rb") as source:
+                digest = hashlib.file_digest(source, "sha256").hexdigest()
+        except OSError as error:
+            raise Damaged(self._damage(str(path), f"it cannot be read: {error}")) from error
         if digest != file.digest:
             raise Damaged(self._damage(str(path), f"its SHA-256 is {digest}"))
         if time.time_ns() - stamp[0] > _TICK:
             self._verified[file.digest] = stamp
+
+    def _is_whole(self, file: File) -> bool:
+        """Whether the object is here, as it was put."""
+        try:
+            Objects.path(self, file)
+        except (Missing, Damaged):
+            return False
+        return True
 
     def _check_size(self, path: Path, file: File) -> None:
         size = path.stat().st_size

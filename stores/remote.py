@@ -18,8 +18,8 @@ from stores import disk
 from stores.errors import Damaged, Missing, StoreError
 from stores.objects import File, Objects
 
-PROTOCOLS = ("s3", "gs", "az", "abfs", "memory")
-"""What may be named: stores whose uploads appear whole. `memory` lives and dies with the process."""
+PROTOCOLS = ("s3",)
+"""What may be named: stores whose uploads appear whole, and that were tried."""
 _CHUNK = 1 << 20
 
 
@@ -76,8 +76,7 @@ class RemoteObjects(Objects):
         with self._reaching("*"):
             found = self._bucket.find(self._prefix, detail=True) if self._bucket.exists(self._prefix) else {}
         for name, info in found.items():
-            moment = info.get("LastModified") or info.get("created") or info["last_modified"]
-            yield name.rsplit("/", 1)[-1], moment.timestamp()
+            yield name.rsplit("/", 1)[-1], info["LastModified"].timestamp()
 
     def cached(self) -> Iterator[tuple[str, float]]:
         """The digest of every local copy, and when it was made."""
@@ -96,13 +95,19 @@ class RemoteObjects(Objects):
 
     def _settle(self, file: File) -> None:
         super()._settle(file)
-        if not self.exists(file):
+        if self._remote_size(file) != file.size:
+            self._check(self.place(file), file)  # what is uploaded was read
             with self._reaching(file.digest):
                 self._bucket.put_file(str(self.place(file)), self._remote(file.digest))
-        with self._reaching(file.digest):
-            size = self._bucket.info(self._remote(file.digest))["size"]
-        if size != file.size:
+        if (size := self._remote_size(file)) != file.size:
             raise Damaged(self._damage(self._url(file.digest), f"it has {size} bytes, not {file.size}"))
+
+    def _remote_size(self, file: File) -> int | None:
+        with self._reaching(file.digest):
+            try:
+                return int(self._bucket.info(self._remote(file.digest))["size"])
+            except FileNotFoundError:
+                return None
 
     def _fetch(self, file: File) -> None:
         temporary = self.temporary()

@@ -20,8 +20,10 @@ _KEY = re.compile(r"[a-z][a-z0-9_-]{0,63}-[0-9a-f]{24}")
 
 
 def find(connection: sql.Connection, key: str) -> Any:
-    """The row of an artifact, retired or not, or None."""
-    return connection.execute(sql.select(schema.artifacts).where(schema.artifacts.c.key == key)).first()
+    """The row of an artifact, retired or not, or None; what the index does not find is looked for without it."""
+    table = schema.artifacts
+    found = connection.execute(sql.select(table).where(table.c.key == key)).first()
+    return found or connection.execute(sql.select(table).where(table.c.key + "" == key)).first()
 
 
 def read(connection: sql.Connection, row: Any) -> Artifact:
@@ -81,10 +83,11 @@ def insert(connection: sql.Connection, artifact: Artifact, counts: Sequence[Coun
         "number": number,
         "kind": artifact.kind,
         "meta": canonical(artifact.meta),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created_at": artifact.created_at or datetime.now(UTC).isoformat(timespec="seconds"),
         "identity": _spelled(artifact.identity),
         "origin": canonical(artifact.origin) if artifact.origin else "",
         "counts": seals.of_counts(counts),
+        "retired_at": None,
     }
     connection.execute(schema.artifacts.insert(), row | {"seal": _seal(row, artifact.files, inputs)})
     for table, values in (
@@ -121,12 +124,15 @@ def read_counts(connection: sql.Connection, batches: Sequence[str]) -> dict[str,
 
 
 def retire(connection: sql.Connection, key: str, moment: float | None) -> None:
-    """Note when an artifact was retired, or with None that it is in use."""
-    connection.execute(schema.artifacts.update().where(schema.artifacts.c.key == key).values(retired_at=moment))
+    """Note when an artifact was retired, or with None that it is in use, under a new seal."""
+    row, table = find(connection, key), schema.artifacts
+    artifact = read(connection, row)
+    seal = _seal({**row._mapping, "retired_at": moment}, artifact.files, artifact.inputs)
+    connection.execute(table.update().where(table.c.key == key).values(retired_at=moment, seal=seal))
 
 
-def remove_retired(connection: sql.Connection, before: float, now: float) -> None:
-    """Remove what was retired earlier than a moment, unless somebody leases its key."""
+def remove_retired(connection: sql.Connection, before: float, now: float) -> list[str]:
+    """Remove what was retired earlier than a moment, unless somebody leases its key; returns the keys."""
     leased = sql.select(schema.leases.c.name).where(schema.leases.c.expires_at > now)
     table = schema.artifacts.c
     gone = list(connection.scalars(sql.select(table.key).where(table.retired_at < before, table.key.not_in(leased))))
@@ -135,6 +141,7 @@ def remove_retired(connection: sql.Connection, before: float, now: float) -> Non
             connection.execute(sql.delete(column.table).where(column.in_(chunk)))
     if gone:
         set_head(connection, artifacts=head(connection, "artifacts") - len(gone))
+    return gone
 
 
 def head(connection: sql.Connection, name: str) -> int:

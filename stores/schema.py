@@ -17,8 +17,8 @@ artifacts = sql.Table(
     sql.Column("identity", sql.Text, nullable=False),  # what the key is the digest of; empty where it is not known
     sql.Column("origin", sql.Text, nullable=False),  # code version and settings of the process that committed it
     sql.Column("counts", sql.Text, nullable=False),  # SHA-256 of its rows of `counts`
-    sql.Column("seal", sql.Text, nullable=False),  # SHA-256 of all of the above, of its files and inputs
     sql.Column("retired_at", sql.Float),  # seconds since 1970; None while it is in use
+    sql.Column("seal", sql.Text, nullable=False),  # SHA-256 of all of the above, of its files and inputs
 )
 files = sql.Table(
     "files",

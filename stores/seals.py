@@ -10,7 +10,7 @@ from typing import Any
 
 from stores.canonical import canonical
 
-COLUMNS = ("key", "number", "kind", "meta", "created_at", "identity", "origin", "counts")
+COLUMNS = ("key", "number", "kind", "meta", "created_at", "identity", "origin", "counts", "retired_at")
 """The columns of an artifact that its seal covers."""
 
 

@@ -12,7 +12,7 @@ from stores import seals
 from stores.canonical import canonical
 from stores.catalog import Catalog
 from stores.entries import Artifact, Count, Key, Lease, check_names
-from stores.errors import Conflict, Damaged, Missing
+from stores.errors import Damaged, Missing
 from stores.leases import Leases
 from stores.objects import File, Objects
 
@@ -113,11 +113,11 @@ class Store:
             Fenced: somebody else holds it, and goes on.
         """
         with self.leases.hold(name, seconds) as lease:
-            self.lease = lease
+            before, self.lease = self.lease, lease
             try:
                 yield lease
             finally:
-                self.lease = None
+                self.lease = before
 
     def key(self, step: str, **identity: Any) -> str:
         """The key of what a step makes: its name, and a digest of all that the result depends on.
@@ -184,14 +184,34 @@ class Store:
         """
         check_names(key, files)
         identity = key.identity if isinstance(key, Key) else None
-        stored = {name: self._put(data) for name, data in files.items()}
-        artifact = Artifact(key, kind, meta, stored, identity, origin=self.origin)
-        self.catalog.commit(artifact, counts, self.lease)
-        # An object that was here before, unreferenced and old, may have been collected until the commit; not after it.
-        for name, file in stored.items():
-            if not self.objects.exists(file) and self._put(files[name]) != file:
-                raise Conflict(f"file {name!r} of {key} changed while it was stored; repeat the step with a quiet file")
+        for attempt in ("first", "last"):
+            stored = {name: self._put(data) for name, data in files.items()}
+            try:
+                self.commit(Artifact(key, kind, meta, stored, identity, origin=self.origin), counts)
+            except Missing:  # an old orphan of the same bytes, collected since it was put: put it again, once
+                if attempt == "last" or any(isinstance(data, File) for data in files.values()):
+                    raise
+            else:
+                break
         return key
+
+    def commit(self, artifact: Artifact, counts: Sequence[Count] = ()) -> Artifact:
+        """Commit an artifact whose files were put, under the lease of this store, if it holds one.
+
+        Raises:
+            Missing: a file was collected between its put and now; nothing is committed.
+            Conflict, Fenced: as for `record`.
+        """
+
+        def check() -> None:
+            for name, file in artifact.files.items():
+                if not self.objects.exists(file):
+                    raise Missing(
+                        f"file {name!r} of {artifact.key} was collected before its commit; repeat the step, and give "
+                        "the collector a grace period that is longer than it takes"
+                    )
+
+        return self.catalog.commit(artifact, counts, self.lease, check)
 
     def file(self, key: str, kind: str, name: str) -> Path:
         """The verified path of one file of an artifact.

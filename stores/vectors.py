@@ -41,17 +41,22 @@ def read_vectors(path: Path, column: str = "vector") -> NDArray[np.float32]:
     if path.suffix not in readers:
         raise ValueError(f"vectors {path}: pass a {', '.join(readers)} file; save the rows with numpy.save")
     rows = readers[path.suffix](path)
-    if rows.ndim != 2 or rows.dtype.kind not in "fiu" or not np.isfinite(rows).all():
+    numbers = rows.ndim == 2 and rows.dtype.kind in "fiu"
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(rows, np.float32) if numbers else None
+    if single is None or not np.isfinite(single).all():
         raise ValueError(
-            f"vectors {path} holds {rows.dtype} of shape {rows.shape}, or numbers that are not finite; "
+            f"vectors {path} holds {rows.dtype} of shape {rows.shape}, or numbers that are not finite in float32; "
             "save finite rows (rows, dim)"
         )
-    return np.ascontiguousarray(rows, np.float32)
+    return single
 
 
 def _read_array(path: Path) -> NDArray[np.generic]:
     try:
         array: NDArray[np.generic] = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of arrays")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"vectors {path} is no array of numbers: {error}; save the rows with numpy.save") from error
     return array

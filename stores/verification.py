@@ -32,7 +32,7 @@ def verify(store: Store) -> Iterator[Verdict]:
     for problem in store.catalog.problems():
         yield Verdict("", "", None, 0, problem)
     found: dict[str, str | None] = {}
-    for key, name, file in store.catalog.files():
+    for key, name, file in store.catalog.sound_files():
         new = file.digest not in found
         if new:
             found[file.digest] = _wrong(store, file)

@@ -9,6 +9,9 @@ import sqlalchemy as sql
 from alembic import command
 from alembic.config import Config
 
+VERSION_TABLE = "influent_alembic_version"
+"""Alembic's count of versions: the name that other programs do not take in a database that they share with us."""
+
 
 def migrate(connection: sql.Connection, found: int) -> None:
     """Bring a catalog to the newest schema, within the transaction of the connection.
@@ -20,6 +23,6 @@ def migrate(connection: sql.Connection, found: int) -> None:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     config.attributes["connection"] = connection
-    if found == 1 and not sql.inspect(connection).has_table("alembic_version"):
+    if found == 1 and not sql.inspect(connection).has_table(VERSION_TABLE):
         command.stamp(config, "0001")  # version 1 was made before alembic kept the count
     command.upgrade(config, "head")

@@ -155,6 +155,27 @@ def test_lineage_goes_back_to_policy_settings_and_code(capsys: pytest.CaptureFix
     assert main(["lineage", str(folder), "selection-absent"]) == 1
 
 
+def test_the_retired_go(capsys: pytest.CaptureFixture[str], begun: Path):
+    """``retire`` hides a thing, ``gc`` removes it after its grace period, and what beliefs rest on stays."""
+    key = next(key for key in sorted(keys_of(begun)) if key.startswith("evaluation-"))
+    assert answer(capsys, "retire", str(begun), key) == {"retired": key}
+    assert key not in keys_of(begun)
+    answer(capsys, "gc", str(begun), "--grace", "0")
+    assert main(["retire", str(begun), key]) == 1
+    capsys.readouterr()
+    rollouts = next(key for key in keys_of(begun) if key.startswith("rollouts-"))
+    assert main(["retire", str(begun), rollouts]) == 1
+    assert "beliefs" in capsys.readouterr().err
+
+
+def test_a_damaged_catalog_is_3(capsys: pytest.CaptureFixture[str], begun: Path):
+    """``verify`` exits 3 also when the catalog itself cannot be opened, and names it."""
+    (begun / "store" / "catalog.sqlite").write_bytes(b"garbage" * 1000)
+    assert main(["verify", str(begun), "--json"]) == 3
+    (told,) = json.loads(capsys.readouterr().out)["damaged"]
+    assert "catalog.sqlite" in told
+
+
 def test_one_process_writes_to_a_run(capsys: pytest.CaptureFixture[str], begun: Path, file: str):
     """While another process goes on with a run, a second is refused, by the name of the first, and does nothing."""
     program = f"""

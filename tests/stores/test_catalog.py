@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stores import Conflict, Damaged, Missing, rows, seals
+from stores import Conflict, Damaged, Missing, StoreError, rows, seals
 from stores.canonical import canonical
 from stores.catalog import Catalog
 from stores.database import Database, sqlite_url
@@ -108,7 +108,7 @@ def test_unusable_file_names_are_refused(catalog: Catalog, name: str) -> None:
         catalog.commit(Artifact("key", "t", {}, {name: FILE}))
 
 
-@pytest.mark.parametrize("counts", [[("p", 1, 1), ("p", 1, 1)], [("p", -1, 0)], [("p", 1.0, 0)]])
+@pytest.mark.parametrize("counts", [[("p", 1, 1), ("p", 1, 1)], [("p", -1, 0)], [("p", 1.0, 0)], [("p", 2**31, 0)]])
 def test_unusable_counts_are_refused(catalog: Catalog, counts: list) -> None:
     """Counts are whole numbers from 0 up, one entry a prompt."""
     with pytest.raises(ValueError, match="'p'"):
@@ -163,11 +163,14 @@ def test_the_retired_are_hidden_until_they_come_back_or_go(catalog: Catalog) -> 
     catalog.commit(artifact)
     assert catalog.get("key") == artifact and catalog.keys() == ["key"]
     catalog.retire("key")
-    with catalog.exclusive(retired_before=time.time() - 60) as referenced:
+    assert catalog.remove_retired(time.time() - 60) == []
+    with leases.hold("key"):
+        assert catalog.remove_retired(time.time() + 1) == []
+    with catalog.exclusive() as referenced:
         assert referenced == {FILE.digest}
-    with leases.hold("key"), catalog.exclusive(retired_before=time.time() + 1) as referenced:
-        assert referenced == {FILE.digest}
-    with catalog.exclusive(retired_before=time.time() + 1) as referenced:
+    assert catalog.get("key") is None and catalog.get("key", retired=True) == artifact
+    assert catalog.remove_retired(time.time() + 1) == ["key"]
+    with catalog.exclusive() as referenced:
         assert referenced == set()
     assert catalog.files() == [] and catalog.keys() == [] and catalog.problems() == []
     catalog.commit(Artifact("key", "other", {}, {}))
@@ -180,3 +183,30 @@ def test_beliefs_are_never_retired(catalog: Catalog) -> None:
         catalog.retire("batch")
     with pytest.raises(Missing, match="'absent'"):
         catalog.retire("absent")
+
+
+def test_a_retirement_that_nobody_asked_for_is_damage(catalog: Catalog) -> None:
+    """A moment of retirement that appears in a row by itself hides nothing, and removes nothing."""
+    catalog.commit(Artifact("key", "t", {}, {"f": FILE}))
+    _execute(catalog, "update artifacts set retired_at = 0")
+    with pytest.raises(Damaged, match="the entry of key"):
+        catalog.remove_retired(time.time())
+    assert any("the entry of key" in problem for problem in catalog.problems())
+
+
+def test_a_failed_check_stops_the_commit(catalog: Catalog) -> None:
+    """What the check raises while nothing can be collected leaves nothing committed."""
+
+    def gone() -> None:
+        raise Missing("gone")
+
+    with pytest.raises(Missing, match="gone"):
+        catalog.commit(Artifact("key", "t", {}, {"f": FILE}), [("p", 1, 0)], check=gone)
+    assert catalog.get("key") is None and catalog.files() == []
+
+
+@pytest.mark.parametrize("url", ["garbage", "mysql://host/x", "sqlite+nothing:///x"])
+def test_other_databases_are_refused(url: str) -> None:
+    """A URL that is none, another database, and a driver that is not there are a typed error with a remedy."""
+    with pytest.raises(StoreError, match=r"catalog = .*postgresql"):
+        Database(url)

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from stores import Damaged, open_store
+from stores import Damaged, open_store, rows
 from stores.collector import collect, orphans
 from stores.store import Store
 from stores.verification import verify
@@ -70,7 +70,8 @@ class Collecting(RuleBasedStateMachine):
         for path in self.store.objects.folder.glob("*/*"):
             os.utime(path, (path.stat().st_mtime - seconds,) * 2)
         with self.store.catalog.database.transaction(write=True) as connection:
-            connection.exec_driver_sql(f"update artifacts set retired_at = retired_at - {seconds}")
+            for key in self.retired:
+                rows.retire(connection, key, rows.find(connection, key).retired_at - seconds)
             connection.exec_driver_sql(f"update leases set acquired_at = acquired_at - {seconds}")
         if self.lease is not None:
             self.lease = self.lease[0], self.lease[1] + seconds
@@ -169,11 +170,13 @@ def test_readers_keep_their_version(
     """A mapped generation answers the same across 50 commits, its own retirement and a collection at every fifth."""
     rows = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
     store.gradients.write("generation", [str(row) for row in range(50)], rows, names)
-    store.trajectories.write("shard", rollouts(0), {})
+    many = rollouts(0, samples=1500)  # three row groups: two are read while the collector works
+    store.trajectories.write("shard", many, {})
     file = store.get("generation").files["index.faiss"]
     uids, norms, index = store.gradients._open("generation")
     before, queries = index.index.reconstruct_n(0, 50), rows[:2]
     reading = store.trajectories.scan(["shard"])
+    first = next(reading)
     store.catalog.retire("generation")
     for number in range(50):
         store.record(f"key-{number}", "t", {}, {"f": str(number).encode()})
@@ -183,7 +186,7 @@ def test_readers_keep_their_version(
     assert store.catalog.get("generation") is None and not store.objects.exists(file)
     np.testing.assert_array_equal(index.index.reconstruct_n(0, 50), before)
     assert len(uids) == len(norms) == 50
-    assert [row for part in reading for row in part["verdict"]] == rollouts(0)["verdict"]
+    assert [row for part in [first, *reading] for row in part["verdict"]] == many["verdict"]
     assert all(verdict.wrong is None for verdict in verify(store))
 
 
@@ -196,3 +199,24 @@ def test_a_damaged_catalog_is_not_collected(store: Store) -> None:
     with pytest.raises(Damaged, match="the entry of key"):
         collect(store, grace_seconds=0)
     assert store.objects.exists(file)
+
+
+def test_groups_wait_while_anybody_collects(store: Store) -> None:
+    """However old they are, groups that wait for their shard stay while a lease is held."""
+    store.spool.add("shard", "group", {"text": ["x"]})
+    os.utime(store.spool.file("shard"), (1, 1))
+    with store.hold("run"):
+        assert collect(store).temporaries == 0
+    assert list(store.spool.read("shard")) == ["group"]
+    assert collect(store).temporaries == 1
+
+
+def test_folders_of_policies_go_with_them(store: Store, tmp_path: Path) -> None:
+    """The links that a removed policy was loaded from are removed too, so that its bytes are freed."""
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "weights").write_bytes(b"w" * 1000)
+    store.checkpoints.write("policy", tmp_path / "policy", {})
+    folder = store.checkpoints.folder("policy")
+    store.catalog.retire("policy")
+    assert collect(store, grace_seconds=0).objects == 1
+    assert not folder.exists()

@@ -9,6 +9,7 @@ import sqlalchemy as sql
 
 from stores import Damaged, StoreError, schema
 from stores.database import Database, on_network, sqlite_url
+from stores.migrations import VERSION_TABLE
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -31,7 +32,7 @@ def test_migrations_end_at_the_tables_of_the_code(url: str) -> None:
         table.name: {(column.name, bool(column.nullable)) for column in table.columns}
         for table in schema.tables.sorted_tables
     }
-    assert made.keys() - wanted.keys() == {"alembic_version"}
+    assert made.keys() - wanted.keys() == {VERSION_TABLE}
     assert {name: made[name] for name in wanted} == wanted
 
 

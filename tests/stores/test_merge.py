@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stores import Conflict, Damaged, open_store
+from stores import Conflict, Damaged, open_store, rows, seals
 from stores.lineage import lineage
 from stores.merge import Merged, merge
 from stores.store import Store
@@ -53,6 +53,17 @@ def test_other_content_under_a_key_stops_the_merge_before_it_begins(store: Store
     with pytest.raises(Conflict, match=r"key batch differs .*counts"):
         merge(store, other)
     assert not store.done("first")
+
+
+def test_merged_evidence_keeps_its_age(store: Store, other: Store) -> None:
+    """A batch is as old in the target as it is in its source."""
+    other.beliefs.apply("batch", [("p", 1, 0)], {})
+    with other.catalog.database.transaction(write=True) as connection:
+        row = {**rows.find(connection, "batch")._mapping, "created_at": "2020-01-01T00:00:00+00:00"}
+        seal = seals.of_entry(row, [], [])
+        connection.exec_driver_sql(f"update artifacts set created_at = '{row['created_at']}', seal = '{seal}'")
+    merge(store, other)
+    assert store.beliefs.visits(["batch"])["p"][0].committed_at.year == 2020
 
 
 def test_a_damaged_source_is_not_copied(store: Store, other: Store, overwrite: Callable[..., None]) -> None:

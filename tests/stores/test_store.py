@@ -1,5 +1,6 @@
 """One store: keys depend on all that matters, and recorded files are found, with what they were made from."""
 
+import copy
 import hashlib
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 
 from stores import Conflict, Missing, open_store
 from stores.collector import collect
+from stores.entries import Key
+from stores.merge import merge
 from stores.objects import File
 from stores.store import Store
+from stores.verification import verify
 
 
 def test_opening_imports_nothing_heavy() -> None:
@@ -101,16 +105,59 @@ def test_what_is_recorded_knows_where_it_came_from(store: Store) -> None:
 
 def test_an_object_collected_before_its_commit_comes_back(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A collection between the put and the commit does not lose a file."""
+    commit, collected = store.catalog.commit, list[int]()
+
+    def collect_first(*args: Any) -> Any:
+        if not collected:
+            collected.append(collect(store, grace_seconds=0).objects)
+        return commit(*args)
+
+    monkeypatch.setattr(store.catalog, "commit", collect_first)
+    store.record("key", "t", {}, {"f": b"x"})
+    assert collected == [1] and store.objects.exists(store.get("key").files["f"])
+    assert store.file("key", "t", "f").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("way", ["written piece by piece", "merged"])
+def test_what_cannot_be_put_again_is_not_committed(
+    store: Store, tmp_path: Path, rollouts: Any, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """A shard whose file, or a merged file, is collected before its commit is not there afterwards; a repeat works."""
+    other = open_store(tmp_path / "other")
+    other.record("merged", "t", {}, {"f": b"from elsewhere"})
+    act, key = (
+        (lambda: merge(store, other), "merged")
+        if way == "merged"
+        else (lambda: store.trajectories.write("shard", rollouts(0), {}), "shard")
+    )
     commit = store.catalog.commit
 
     def collect_first(*args: Any) -> Any:
         assert collect(store, grace_seconds=0).objects == 1
         return commit(*args)
 
-    monkeypatch.setattr(store.catalog, "commit", collect_first)
-    store.record("key", "t", {}, {"f": b"x"})
-    assert store.objects.exists(store.get("key").files["f"])
-    assert store.file("key", "t", "f").read_bytes() == b"x"
+    with monkeypatch.context() as patch:
+        patch.setattr(store.catalog, "commit", collect_first)
+        with pytest.raises(Missing, match=f"of {key} was collected before its commit; repeat the step"):
+            act()
+    assert not store.done(key)
+    act()
+    assert store.done(key) and all(verdict.wrong is None for verdict in verify(store))
+
+
+def test_keys_survive_copies() -> None:
+    """A key is the same key, with its identity, after pickling and copying."""
+    key = Key("score-0", {"seed": 1})
+    assert copy.deepcopy(key) == key and copy.deepcopy(key).identity == {"seed": 1}
+
+
+def test_an_inner_lease_leaves_the_outer_in_force(store: Store) -> None:
+    """After a nested block the outer lease fences again."""
+    with store.hold("outer") as outer:
+        with store.hold("inner"):
+            pass
+        assert store.lease == outer
+    assert store.lease is None
 
 
 def test_files_are_compared_by_content() -> None:

@@ -61,8 +61,21 @@ def test_what_has_no_rows_is_refused_by_name(tmp_path: Path) -> None:
     np.save(tmp_path / "text.npy", np.array([["a"]]))
     np.save(tmp_path / "flat.npy", ROWS[0])
     np.save(tmp_path / "nan.npy", np.full((2, 2), np.nan))
+    np.save(tmp_path / "huge.npy", np.full((2, 2), 1e300))
+    np.savez(tmp_path / "archive.npz", rows=ROWS)
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     (tmp_path / "rows.csv").write_text("1,2")
-    for name in ("ivf.faiss", "ragged.parquet", "column.parquet", "text.npy", "flat.npy", "nan.npy", "rows.csv"):
+    for name in (
+        "ivf.faiss",
+        "ragged.parquet",
+        "column.parquet",
+        "text.npy",
+        "flat.npy",
+        "nan.npy",
+        "huge.npy",
+        "archive.npy",
+        "rows.csv",
+    ):
         with pytest.raises(ValueError, match=name):
             read_vectors(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"absent\.npy"):

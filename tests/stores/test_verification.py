@@ -32,3 +32,14 @@ def test_the_catalog_is_checked_too(store: Store) -> None:
         connection.exec_driver_sql("update counts set successes = 9")
     (verdict,) = verify(store)
     assert verdict.file is None and "the counts of batch" in str(verdict.wrong)
+
+
+def test_a_damaged_entry_does_not_end_the_scan(store: Store) -> None:
+    """An entry that is not what was committed is named, and the files of the others are read all the same."""
+    for key in ("a", "b"):
+        store.record(key, "t", {}, {"f": key.encode()})
+    with store.catalog.database.transaction(write=True) as connection:
+        connection.exec_driver_sql("update artifacts set meta = '7' where key = 'a'")
+    found = list(verify(store))
+    assert [(v.key, v.wrong) for v in found if v.file] == [("b", None)]
+    assert any("the entry of a" in str(v.wrong) for v in found)

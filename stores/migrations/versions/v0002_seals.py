@@ -38,7 +38,7 @@ def upgrade() -> None:
         counts = connection.execute(
             sql.text("SELECT prompt_uid, successes, failures FROM counts WHERE batch = :key ORDER BY position"), key
         ).all()
-        sealed = dict(row) | {"counts": seals.of_counts([(uid, s, f) for uid, s, f in counts])}
+        sealed = dict(row) | {"retired_at": None, "counts": seals.of_counts([(uid, s, f) for uid, s, f in counts])}
         sealed["seal"] = seals.of_entry(sealed, [(name, digest, size) for name, digest, size in files], [])
         connection.execute(
             sql.text("UPDATE artifacts SET counts = :counts, seal = :seal WHERE key = :key"),

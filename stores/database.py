@@ -7,8 +7,10 @@ it has ended: SQLite runs in WAL mode with full synchronisation, Postgres as its
 
 import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,10 @@ class Database:
         except DataError as error:
             raise ValueError(f"catalog {self.name} cannot hold a value: {error.orig}; change it") from error
         except (OperationalError, InterfaceError, PoolTimeoutError) as error:
+            why = getattr(error, "orig", error)
             raise StoreError(
-                f"catalog {self.name}: {getattr(error, 'orig', error)}; check the disk and the database, then repeat the "
-                "step: a repeated commit changes nothing"
+                f"catalog {self.name}: {why}; check the disk and the database, then repeat the step: "
+                "a repeated commit changes nothing"
             ) from error
         except DatabaseError as error:
             raise Damaged(f"catalog {self.name}: {error.orig}; restore it from a copy") from error
@@ -136,7 +139,7 @@ def on_network(path: Path, mounts: str) -> str | None:
 def _engine(url: str) -> sql.Engine:
     if (backend := _backend(url)) == "postgresql":
         engine = sql.create_engine(url, pool_pre_ping=True)
-        os.register_at_fork(after_in_child=lambda: engine.dispose(close=False))  # the parent's connections stay its own
+        os.register_at_fork(after_in_child=partial(_forget, weakref.ref(engine)))
         return engine
     assert backend == "sqlite"
     _warn_of_network(Path(sql.make_url(url).database or ""))
@@ -155,6 +158,12 @@ def _engine(url: str) -> sql.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     return engine
+
+
+def _forget(engine: "weakref.ref[sql.Engine]") -> None:
+    """In the child of a fork: leave the parent's connections to the parent."""
+    if (found := engine()) is not None:
+        found.dispose(close=False)
 
 
 def _backend(url: str) -> str:

@@ -45,7 +45,7 @@ def test_what_a_call_has_is_judged_at_its_end(sampled, prompts, refused):
     """A call that ends before 64 tokens is judged if it has 16, and passes whole if it has fewer."""
     engine = Checked(Shifted(sampled, 0.1), sampled, "it")
     if refused:
-        with pytest.raises(ValueError, match="off by 0.1 nats"):
+        with pytest.raises(ValueError, match=r"off by 0\.1 nats"):
             next(engine(asked(prompts), replace(GREEDY, max_new_tokens=3)))
     else:
         assert len(list(engine(asked(prompts), GREEDY))) == prompts

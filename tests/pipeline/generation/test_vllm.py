@@ -106,6 +106,14 @@ def test_new_weights_start_no_new_engine(engine, sampled, moved):
     assert engine.starts == starts + 1
 
 
+def test_a_prefix_cache_of_old_weights_is_an_error(engine, sampled, monkeypatch):
+    """Where vLLM does not drop the keys and values of the old weights, loading new ones fails."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(RuntimeError, match="cached of the old weights"):
+            engine.load(sampled)
+
+
 def test_handing_weights_over_leaves_the_policy_as_it_is(engine, adapted):
     """Merging an adapter for the engine changes no bit of the policy, whose base is still shared by later adapters."""
     before = {name: tensor.clone() for name, tensor in adapted.model.state_dict().items()}

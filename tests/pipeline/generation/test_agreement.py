@@ -52,7 +52,11 @@ def test_what_a_call_has_is_judged_at_its_end(sampled, prompts, refused):
 
 
 def test_no_group_is_handed_over_before_it_is_judged(sampled):
-    """Each request comes back once and in the engine's order, and the groups before a verdict only after it."""
+    """Of an engine that is refused no group comes out; of another each does, once and in the engine's order."""
+    handed = []
+    with pytest.raises(ValueError, match="does not sample"):
+        handed.extend(Checked(Shifted(sampled, 0.1), sampled, "it")(asked(40), GREEDY))
+    assert handed == []
     expected = [g.request.prompt_uid for g in TransformersGenerate(sampled)(asked(40), GREEDY)]
     found = list(Checked(TransformersGenerate(sampled), sampled, "it")(asked(40), GREEDY))
     assert [g.request.prompt_uid for g in found] == expected

@@ -84,6 +84,11 @@ class Sampling(Section):
     stop: tuple[str, ...] = ()
 
 
+VLLM_SETTINGS = frozenset({"sequences", "cache", "memory", "tensor_parallel_size", "distributed_backend", "sleep"})
+SERVER_SETTINGS = frozenset({"url", "model", "concurrent", "key_variable", "timeout"})
+"""What of ``[generation]`` is a setting of one engine alone, and an argument of it."""
+
+
 class Generation(Section):
     """``[generation]``: what makes the rollouts.
 
@@ -94,7 +99,7 @@ class Generation(Section):
     engine: Literal["transformers", "vllm", "server"] = "transformers"
     sequences: int = Field(256, ge=1)  # vllm: completions decoded at once
     cache: float = Field(0.0, ge=0)  # vllm: GiB of keys and values, 0: 1 on a CPU, else what memory leaves
-    memory: float = Field(0.9, gt=0, lt=1)  # vllm: share of an accelerator's memory; leave room for training beside it
+    memory: float = Field(0.5, gt=0, lt=1)  # vllm: share of an accelerator's memory; half is left to training beside it
     tensor_parallel_size: int = Field(1, ge=1)  # vllm: accelerators that share one copy of the weights
     distributed_backend: Literal["", "mp", "ray"] = ""  # vllm: how their workers are run
     sleep: bool = False  # vllm: give the accelerator's memory back while nothing is sampled
@@ -106,11 +111,7 @@ class Generation(Section):
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
-        own = {
-            "vllm": {"sequences", "cache", "memory", "tensor_parallel_size", "distributed_backend", "sleep"},
-            "server": {"url", "model", "concurrent", "key_variable", "timeout"},
-        }
-        for engine, names in own.items():
+        for engine, names in (("vllm", VLLM_SETTINGS), ("server", SERVER_SETTINGS)):
             changed = [n for n in sorted(names) if getattr(self, n) != type(self).model_fields[n].default]
             if changed and self.engine != engine:
                 raise ValueError(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from flows.config import SERVER_SETTINGS, VLLM_SETTINGS
 
 if TYPE_CHECKING:
     from flows.desk import Desk
@@ -91,32 +94,24 @@ class Engines:
 
         config = self._desk.config
         self._desk.reporter.line("  starting vLLM")
+        if config.policy.lora and config.policy.dtype != "float32":
+            warnings.warn(
+                f"vLLM gets the adapter merged into weights of policy.dtype = {config.policy.dtype!r}, whose rounding "
+                "takes most of a small update away, so that it samples from nearly the weights of the start: use "
+                "generation.engine = 'transformers', or policy.dtype = 'float32', or a larger train.lr than "
+                f"{config.train.lr:g}",
+                stacklevel=2,
+            )
         return VllmGenerate(
             dtype=config.policy.dtype,
             device=config.policy.device,
-            **config.generation.model_dump(include=VLLM_KEYS),
+            **config.generation.model_dump(include=set(VLLM_SETTINGS)),
         )
 
     def _connect(self, policy: Policy) -> Any:
         from pipeline.generation.server import ServerGenerate
 
         if self._server is None:
-            settings = self._desk.config.generation
-            self._server = ServerGenerate(
-                settings.url,
-                policy.tokenizer,
-                context=policy.context_length,
-                **settings.model_dump(include=SERVER_KEYS),
-            )
+            settings = self._desk.config.generation.model_dump(include=set(SERVER_SETTINGS))
+            self._server = ServerGenerate(policy=policy, **settings)
         return self._server
-
-
-VLLM_KEYS = {
-    "sequences",
-    "cache",
-    "memory",
-    "tensor_parallel_size",
-    "distributed_backend",
-    "sleep",
-}
-SERVER_KEYS = {"model", "concurrent", "key_variable", "timeout"}

@@ -7,11 +7,31 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.generation import Request, Sampling
+from pipeline.policy import Policy
 from pipeline.records import keyed_seed
 
 
-def end_tokens(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
-    """Return the ids that end a completion: the end token, and each token whose text holds a ``stop`` character.
+def own_ends(policy: Policy) -> tuple[int, ...]:
+    """Return the ids that a policy ends with: its tokenizer's end token, and those that its generation config names.
+
+    Chat models such as Gemma name the end of a turn in the latter alone.
+
+    Raises:
+        ValueError: the tokenizer has no end token.
+    """
+    end, tokenizer = policy.tokenizer.eos_token_id, policy.tokenizer
+    if end is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} ({type(tokenizer).__name__}) has no end token, so that no "
+            "completion could end: name one as eos_token in the checkpoint's tokenizer_config.json"
+        )
+    named = getattr(getattr(policy.model, "generation_config", None), "eos_token_id", None)
+    more = [] if named is None else [named] if isinstance(named, int) else named
+    return tuple(sorted({int(end), *map(int, more)}))
+
+
+def end_tokens(tokenizer: Any, own: tuple[int, ...], stop: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the ids that end a completion: ``own_ends``, and each token whose text holds a ``stop`` character.
 
     Raises:
         ValueError: a stop string is longer than one character, so that it could fall between two tokens.
@@ -21,16 +41,13 @@ def end_tokens(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
         raise ValueError(
             f"sampling.stop = {long}: stop strings are single characters; use the one that ends the answer"
         )
-    return _end_tokens(tokenizer, stop)
+    return tuple(sorted({*own, *_stopping(tokenizer, stop)}))
 
 
 @lru_cache(maxsize=8)
-def _end_tokens(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
-    ends = {int(tokenizer.eos_token_id)}
-    if stop:
-        texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        ends |= {i for i, text in enumerate(texts) if any(s in text for s in stop)}
-    return tuple(sorted(ends))
+def _stopping(tokenizer: Any, stop: tuple[str, ...]) -> tuple[int, ...]:
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))]) if stop else []
+    return tuple(i for i, text in enumerate(texts) if any(s in text for s in stop))
 
 
 def check_room(requests: Sequence[Request], sampling: Sampling, limit: int) -> None:

@@ -2,6 +2,8 @@
 
     W = W_0 + (alpha / r) B A                                        per adapted layer; the policy itself stays as it is
 
+In bfloat16 the sum is rounded to W_0's eight bits, which takes most of a small difference away.
+
 The output layer is written out even where it shares its weights with the embeddings, and the config says so: an engine
 that packs weights for its own kernels may keep the old packed output layer when it is given new shared ones.
 """
@@ -26,15 +28,15 @@ def merged_weights(policy: Policy) -> dict[str, Tensor]:
         ValueError: more than one adapter is active, or an adapted layer has no dense difference to add.
     """
     model = _base(policy.model)
-    deltas = {name: _delta(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     weights = {}
     for name, tensor in model.state_dict().items():
         plain = name.replace(".base_layer.", ".")
         if ".lora_" in name:
             continue
         layer, _, kind = plain.rpartition(".")
-        if layer in deltas and kind == "weight":
-            tensor = tensor + deltas[layer].to(tensor)
+        if layer in adapted and kind == "weight":
+            tensor = tensor + _delta(layer, adapted[layer]).to(tensor)  # one difference at a time on the device
         weights[plain] = tensor.detach().to("cpu", copy=True).contiguous()  # shared storages cannot be saved
     return weights
 

@@ -16,7 +16,8 @@ import httpx
 import numpy as np
 
 from pipeline.generation import Group, Request, Sampling
-from pipeline.generation.endings import check_room, end_tokens, first_seed
+from pipeline.generation.endings import check_room, end_tokens, first_seed, own_ends
+from pipeline.policy import Policy
 
 TROUBLE = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError)
 """What a request is sent again for: the connection, never the server's answer."""
@@ -32,8 +33,7 @@ class ServerGenerate:
 
     Args:
         url: of the server, such as ``http://host:8000``.
-        tokenizer: that of the served model; says which tokens end a completion.
-        context: most tokens of a prompt with its completion.
+        policy: what is served; says which tokens end a completion, and how many there may be.
         model: the name it is served under; empty: the only one there is.
         concurrent: prompts that are asked for at once.
         key_variable: environment variable that holds the API key; the key itself is neither kept nor shown.
@@ -41,20 +41,21 @@ class ServerGenerate:
 
     Raises:
         ServerError: the server is not there, or serves no such model.
+        ValueError: the tokenizer has no end token.
     """
 
     def __init__(
         self,
         url: str,
-        tokenizer: Any,
+        policy: Policy,
         *,
-        context: int,
         model: str = "",
         concurrent: int = 64,
         key_variable: str = "OPENAI_API_KEY",
         timeout: float = 600.0,
     ) -> None:
-        self.url, self.tokenizer, self.context = url.rstrip("/").removesuffix("/v1"), tokenizer, context
+        self.url, self.context = url.rstrip("/").removesuffix("/v1"), policy.context_length
+        self.tokenizer, self._own_ends = policy.tokenizer, own_ends(policy)
         self.concurrent, self.key_variable, self.timeout = concurrent, key_variable, timeout
         self._client = httpx.Client(
             timeout=httpx.Timeout(timeout, connect=10.0, pool=None), limits=httpx.Limits(max_connections=concurrent)
@@ -64,20 +65,29 @@ class ServerGenerate:
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Complete ``requests``, yielding each group as the server answers; at most ``concurrent`` are under way.
 
+        After a failure nothing more is asked; what is under way is yielded as it ends, and then the first error raised.
+
         Raises:
             ServerError: the server could not be reached or refused; the message names prompt, address and remedy.
             ValueError: a prompt and its completion exceed the context.
         """
         check_room(requests, sampling, self.context)
-        ends = end_tokens(self.tokenizer, sampling.stop)
+        ends = end_tokens(self.tokenizer, self._own_ends, sampling.stop)
         waiting, running = list(reversed(requests)), set[Future[Group]]()
+        failed: BaseException | None = None
         with ThreadPoolExecutor(self.concurrent) as threads:
             try:
                 while waiting or running:
                     while waiting and len(running) < self.concurrent:
                         running.add(threads.submit(self._complete, waiting.pop(), sampling, ends))
                     done, running = wait(running, return_when=FIRST_COMPLETED)
-                    yield from [future.result() for future in done]
+                    for future in done:
+                        failed = failed or future.exception()
+                    if failed:
+                        waiting.clear()
+                    yield from [future.result() for future in done if not future.exception()]
+                if failed:
+                    raise failed
             finally:
                 for future in running:
                     future.cancel()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.generation import Group, Request, Sampling
-from pipeline.generation.endings import check_room, end_tokens
+from pipeline.generation.endings import check_room, end_tokens, own_ends
 from pipeline.policy import Batch, Policy, collate, positions
 from pipeline.records import keyed_seed
 
@@ -30,7 +30,8 @@ class TransformersGenerate:
         batch_tokens: most prompt and completion tokens that are held at once; bounds the cache's memory.
 
     Raises:
-        ValueError: on call, if a prompt and its completion exceed the context length; the message names the prompt.
+        ValueError: on call, if a prompt and its completion exceed the context length (the message names the prompt), or
+            the tokenizer has no end token.
     """
 
     def __init__(self, policy: Policy, *, batch_tokens: int = 16_384) -> None:
@@ -52,10 +53,10 @@ class TransformersGenerate:
     @torch.inference_mode()
     def _batch(self, requests: list[Request], sampling: Sampling) -> Iterator[Group]:
         policy = self.policy
+        ends = end_tokens(policy.tokenizer, own_ends(policy), sampling.stop)
         counts = torch.tensor([r.n for r in requests], device=policy.device)
         one = collate([r.prompt_ids for r in requests], [()] * len(requests), policy.pad_id, policy.device)
         ids, attention = (x.repeat_interleave(counts, dim=0) for x in (one.input_ids, one.attention_mask))
-        ends = end_tokens(policy.tokenizer, sampling.stop)
         draw = _Draw(requests, sampling, policy.device)
         output = policy.model.generate(
             input_ids=ids,

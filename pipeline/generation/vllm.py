@@ -11,6 +11,7 @@ The door to ``vllm``. What is set, and why:
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import warnings
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 
 from pipeline.generation import Group, Request, Sampling
-from pipeline.generation.endings import check_room, end_tokens, first_seed
+from pipeline.generation.endings import check_room, end_tokens, first_seed, own_ends
 from pipeline.generation.handover import merged_config, write_merged
 from pipeline.policy import Policy
 
@@ -37,10 +38,9 @@ class VllmGenerate:
     Args:
         dtype: of the weights in the engine.
         device: ``cpu``, or the kind of accelerator that this build of vLLM serves.
-        context: most tokens of a prompt with its completion; 0 takes the policy's own.
         sequences: completions that are decoded at once; ``AHEAD`` times as many are asked for.
         cache: GiB of the key-value cache, 0: on an accelerator what ``memory`` leaves, on a CPU 1.
-        memory: share of an accelerator's memory that weights and cache may take.
+        memory: share of an accelerator's memory that weights and cache may take; the rest is for training.
         tensor_parallel_size: accelerators that share one copy of the weights.
         distributed_backend: how their workers are run: ``mp``, ``ray``, or empty for vLLM's own choice.
         sleep: give the accelerator's memory back between calls of ``wake`` and ``sleep``.
@@ -54,37 +54,44 @@ class VllmGenerate:
         *,
         dtype: str = "float32",
         device: str = "cpu",
-        context: int = 0,
         sequences: int = 256,
         cache: float = 0.0,
-        memory: float = 0.9,
+        memory: float = 0.5,
         tensor_parallel_size: int = 1,
         distributed_backend: Literal["", "mp", "ray"] = "",
         sleep: bool = False,
     ) -> None:
         self.dtype, self.on_cpu, self.sequences = dtype, torch.device(device).type == "cpu", sequences
-        self.context, self.cache, self.memory = context, cache, memory
+        self.cache, self.memory = cache, memory
         self.tensor_parallel_size, self.distributed_backend = tensor_parallel_size, distributed_backend
         self.sleeps = sleep and not self.on_cpu  # a CPU has nothing to give back
         self.tokenizer: Any = None
+        self._own_ends: tuple[int, ...] = ()
         self.starts = 0  # how often an engine was started; new weights alone start none
         self._llm: Any = None
         self._shape: dict[str, Any] = {}
-        self._asleep, self._number = False, 0
+        self._asleep, self._names = False, itertools.count()
 
     def load(self, policy: Policy) -> None:
-        """Take over the weights of a policy: in place where the engine runs one of its shape, else by a new start."""
+        """Take over the weights of a policy: in place where the engine runs one of its shape, else by a new start.
+
+        Raises:
+            ValueError: the tokenizer has no end token, or the adapter cannot be merged.
+            RuntimeError: vLLM did not drop the keys and values of the old weights.
+        """
+        ends = own_ends(policy)
         shape = merged_config(policy).to_dict()
         with tempfile.TemporaryDirectory() as folder:
             write_merged(policy, Path(folder))
             if self._llm is not None and shape == self._shape:
                 self.wake()
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
-                self._llm.reset_prefix_cache()  # its keys and values are of the old weights
+                if not self._llm.reset_prefix_cache():  # its keys and values are of the old weights
+                    raise RuntimeError("vLLM keeps what it cached of the old weights: close the engine and load again")
             else:
                 self.close()
                 self._start(folder, policy)
-        self.tokenizer, self._shape = policy.tokenizer, shape
+        self.tokenizer, self._own_ends, self._shape = policy.tokenizer, ends, shape
 
     def __call__(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Group]:
         """Complete ``requests`` in their order, yielding each group as its last completion ends.
@@ -97,12 +104,12 @@ class VllmGenerate:
             raise ValueError("the engine has no weights yet: call load(policy) first")
         check_room(requests, sampling, self._limit)
         self.wake()
-        engine, ends = self._llm.llm_engine, end_tokens(self.tokenizer, sampling.stop)
+        engine, ends = self._llm.llm_engine, end_tokens(self.tokenizer, self._own_ends, sampling.stop)
         waiting, running = list(reversed(requests)), dict[str, Request]()
         try:
             while waiting or running:
                 while waiting and self._has_room(running, waiting[-1]):
-                    name, request = self._name(), waiting.pop()
+                    name, request = str(next(self._names)), waiting.pop()
                     engine.add_request(name, _prompt(request), _parameters(request, sampling, ends))
                     running[name] = request
                 for output in engine.step():
@@ -121,6 +128,7 @@ class VllmGenerate:
     def wake(self) -> None:
         """Take the accelerator's memory again."""
         if self._asleep:
+            self._make_room()
             self._llm.wake_up()
             self._asleep = False
 
@@ -136,7 +144,8 @@ class VllmGenerate:
 
     def _start(self, folder: str, policy: Policy) -> None:
         llm_class = _import()
-        self._limit = min(self.context or policy.context_length, policy.context_length)
+        self._make_room()
+        self._limit = policy.context_length
         options: dict[str, Any] = {
             "model": folder,
             "skip_tokenizer_init": True,  # token ids go in and come out
@@ -169,12 +178,13 @@ class VllmGenerate:
             torch.set_num_threads = set_num_threads  # the CPU worker replaces it by one that does nothing
         self.starts += 1
 
+    def _make_room(self) -> None:
+        """Give back the memory that torch keeps though no tensor is in it, which vLLM counts as taken."""
+        if not self.on_cpu and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _has_room(self, running: dict[str, Request], request: Request) -> bool:
         return not running or sum(r.n for r in running.values()) + request.n <= AHEAD * self.sequences
-
-    def _name(self) -> str:
-        self._number += 1
-        return str(self._number)
 
 
 def _import() -> Any:

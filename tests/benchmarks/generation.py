@@ -24,16 +24,16 @@ def measure(small: bool) -> Iterator[Row]:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     tiny = untrained_policy(0)
-    yield _row("a policy of 335 k parameters", tiny, prompts=20 if small else 200, prompt=8, tokens=16, context=32)
+    yield _row("a policy of 335 k parameters", tiny, prompts=20 if small else 200, prompt=8, tokens=16)
     if not small:
-        large = Policy(llama(SMOLLM2).model, tiny.tokenizer)
-        yield _row("SmolLM2-135M's shape", large, prompts=16, prompt=64, tokens=24, context=256)
+        large = Policy(llama(SMOLLM2).model, tiny.tokenizer, context=256)
+        yield _row("SmolLM2-135M's shape", large, prompts=16, prompt=64, tokens=24)
 
 
-def _row(name: str, policy: Policy, *, prompts: int, prompt: int, tokens: int, context: int) -> Row:
+def _row(name: str, policy: Policy, *, prompts: int, prompt: int, tokens: int) -> Row:
     from pipeline.generation import vllm
 
-    engine = vllm.VllmGenerate(context=context, sequences=64)
+    engine = vllm.VllmGenerate(sequences=64)
     engine.load(policy)
     rng, n = np.random.default_rng(0), 8
     asked = [Request(str(i), tuple(rng.integers(2, 27, prompt).tolist()), n, 0) for i in range(prompts)]

@@ -223,12 +223,3 @@ def test_engines_are_set_up_as_they_can_be_meant(read: Read, text: str, said: st
     """A setting of another engine, or a combination that no engine can follow, is refused with its value and a remedy."""
     with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
         read(text)
-
-
-def test_what_accelerators_share_reaches_vllm(read: Read):
-    """Tensor parallelism, its back end and sleep are read together where the policy is on an accelerator."""
-    found = read(
-        """policy.device = "cuda"
-generation = { engine = "vllm", tensor_parallel_size = 2, distributed_backend = "ray", sleep = true }"""
-    )
-    assert (found.generation.tensor_parallel_size, found.generation.distributed_backend) == (2, "ray")

@@ -1,6 +1,7 @@
 """Every engine keeps the same contract: one suite over all of them, on one policy."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -18,21 +19,26 @@ TEN = Sampling(max_new_tokens=10)
 
 
 @pytest.fixture(scope="module", params=["transformers", "vllm", "server"])
-def engine(request: pytest.FixtureRequest, sampled: Policy) -> Iterator[Generate]:
-    """Each engine in turn, sampling from the same policy."""
+def of(request: pytest.FixtureRequest) -> Iterator[Callable[[Policy], Generate]]:
+    """Makes each engine in turn of a policy; behind the server are always the weights of ``sampled``."""
     if request.param == "transformers":
-        yield TransformersGenerate(sampled)
+        yield TransformersGenerate
     elif request.param == "vllm":
-        yield request.getfixturevalue("vllm_engine")
+        engine = request.getfixturevalue("vllm_engine")
+        yield lambda policy: (engine.load(policy), engine)[1]
     else:
         from pipeline.generation.server import ServerGenerate
 
         url = request.getfixturevalue("server_url")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KEY_OF_THE_TEST", "key-of-the-test")
-            client = ServerGenerate(url, sampled.tokenizer, context=32, key_variable="KEY_OF_THE_TEST")
-            yield client
-            client.close()
+            yield lambda policy: ServerGenerate(url, policy, key_variable="KEY_OF_THE_TEST")
+
+
+@pytest.fixture
+def engine(of: Callable[[Policy], Generate], sampled: Policy) -> Generate:
+    """Each engine in turn, sampling from the same policy."""
+    return of(sampled)
 
 
 def by_uid(groups: Iterator[Group]) -> dict[str, Group]:
@@ -125,6 +131,26 @@ def test_a_completion_ends_with_the_token_that_ended_it(engine, sampled, stop):
         assert not ends & set(tokens[:-1])
         assert (tokens[-1] in ends) == (reason == "stop")
         assert reason == "stop" or len(tokens) == 10
+
+
+@pytest.mark.parametrize("named", [5, [5, 6]])
+def test_the_ends_that_a_policy_names_end_a_completion(of, sampled, named):
+    """What the model's generation config names beside the tokenizer's end token ends a completion, in every engine."""
+    chat = Policy(copy.deepcopy(sampled.model), sampled.tokenizer)
+    chat.model.generation_config.eos_token_id = named
+    ends = {sampled.tokenizer.eos_token_id, *([named] if named == 5 else named)}
+    (group,) = of(chat)([Request("p", (2, 3), 120, 0)], TEN)
+    assert {tokens[-1] for tokens in group.completion_ids} >= ends
+    for tokens, reason in zip(group.completion_ids, group.finish_reason, strict=True):
+        assert not ends & set(tokens[:-1]) and (tokens[-1] in ends) == (reason == "stop")
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(of, sampled):
+    """Its name and the remedy are in the error, before anything is sampled."""
+    tokenizer = copy.deepcopy(sampled.tokenizer)
+    tokenizer.eos_token, tokenizer.pad_token, tokenizer.name_or_path = None, None, "endless"
+    with pytest.raises(ValueError, match=r"tokenizer 'endless'.*has no end token.*tokenizer_config\.json"):
+        next(iter(of(Policy(sampled.model, tokenizer))(REQUESTS, TEN)))
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name(engine):

@@ -23,7 +23,7 @@ def connect(server_url: str, sampled, monkeypatch) -> Iterator[Callable[..., Ser
     made = []
 
     def make(url: str = server_url, **options: object) -> ServerGenerate:
-        made.append(ServerGenerate(url, sampled.tokenizer, context=32, **{"key_variable": "KEY"} | options))
+        made.append(ServerGenerate(url, sampled, **{"key_variable": "KEY"} | options))
         return made[-1]
 
     yield make
@@ -92,6 +92,17 @@ def test_what_the_server_refuses_is_not_asked_again(connect, monkeypatch):
     client.context = 10**6
     with pytest.raises(ServerError, match=r"prompt long: .* answered 400: .*32"):
         list(client([Request("long", (2,) * 40, 1, 0)], TEN))
+
+
+def test_finished_groups_come_before_an_error(connect):
+    """One refused prompt costs none of the groups that were asked for with it: all of them come, then its error."""
+    client, found = connect(), []
+    client.context = 10**6
+    requests = [Request("long", (2,) * 40, 1, 0), *(Request(f"p{i}", (2, 3), 2, i) for i in range(20))]
+    with pytest.raises(ServerError, match="prompt long"):
+        for group in client(requests, TEN):
+            found.append(group.request.prompt_uid)
+    assert sorted(found) == sorted(r.prompt_uid for r in requests[1:])
 
 
 def test_trouble_with_the_connection_is_tried_again(flaky, connect, monkeypatch):

@@ -133,7 +133,7 @@ def test_a_stop_character_ends_a_completion(llama):
     assert all(stop not in tokens[:-1] for tokens in group.completion_ids)
     assert [token in (stop, end) for token in last] == [reason == "stop" for reason in group.finish_reason]
     with pytest.raises(ValueError, match="single characters"):
-        end_tokens(llama.tokenizer, ("ab",))
+        end_tokens(llama.tokenizer, (end,), ("ab",))
 
 
 def test_a_prompt_that_does_not_fit_is_refused_by_name(llama):

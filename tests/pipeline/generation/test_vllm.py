@@ -9,7 +9,7 @@ import torch
 
 from pipeline.embedded.warm_start import character_tokenizer
 from pipeline.generation import Group, Request, Sampling
-from pipeline.generation.agreement import TOLERANCE, Checked, disagreement
+from pipeline.generation.agreement import TOLERANCE, Checked, differences
 from pipeline.generation.transformers import TransformersGenerate
 from pipeline.policy import Policy, collate, token_logps
 from tests.pipeline.generation.conftest import CACHE
@@ -91,7 +91,7 @@ def test_new_weights_are_sampled_from_at_once(engine, request, moved, name):
         groups = sample(engine)
         assert distance(groups, here) < SAME
         assert distance(groups, there) > OTHER
-        assert disagreement(here, groups[0], TEN) < SAME
+        assert differences(here, groups[0], TEN).mean() < SAME
 
 
 def test_new_weights_start_no_new_engine(engine, sampled, moved):
@@ -106,6 +106,14 @@ def test_new_weights_start_no_new_engine(engine, sampled, moved):
     assert engine.starts == starts + 1
 
 
+def test_a_prefix_cache_of_old_weights_is_an_error(engine, sampled, monkeypatch):
+    """Where vLLM does not drop the keys and values of the old weights, loading new ones fails."""
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+        with pytest.raises(RuntimeError, match="cached of the old weights"):
+            engine.load(sampled)
+
+
 def test_handing_weights_over_leaves_the_policy_as_it_is(engine, adapted):
     """Merging an adapter for the engine changes no bit of the policy, whose base is still shared by later adapters."""
     before = {name: tensor.clone() for name, tensor in adapted.model.state_dict().items()}
@@ -114,7 +122,7 @@ def test_handing_weights_over_leaves_the_policy_as_it_is(engine, adapted):
 
 
 def test_stale_weights_are_noticed(engine, sampled, moved):
-    """An engine whose weights are not the policy's is refused at its first group, and named."""
+    """An engine whose weights are not the policy's is refused before its first group is handed over, and named."""
     engine.load(moved(sampled, 1))
     with pytest.raises(ValueError, match=r"this engine does not sample from this policy.*off by"):
         next(Checked(engine, sampled, "this engine")(REQUESTS, TEN))

@@ -130,9 +130,18 @@ def evaluate(desk: Desk, policy: str, data: str, splits: Sequence[str]) -> str:
     """Measure a checkpoint on held-out sets."""
     from flows.learning import measure
 
-    settings = desk.config.evaluate
-    engine = desk.engines.identity(desk.engines.name(policy))
-    key = desk.store.key("evaluation", policy=policy, data=data, splits=list(splits), **settings.model_dump(), **engine)
+    settings, sampling = desk.config.evaluate, desk.config.sampling
+    key = desk.store.key(
+        "evaluation",
+        policy=policy,
+        data=data,
+        splits=list(splits),
+        exact=settings.exact,
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens or sampling.max_new_tokens,
+        stop=list(sampling.stop),
+        **desk.engines.identity(desk.engines.name(policy)),
+    )
     if not desk.store.done(key):
         desk.store.record(
             key, "evaluation", {"sets": {split: measure(desk, policy, desk.prompts(data, split)) for split in splits}}

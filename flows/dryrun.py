@@ -132,7 +132,7 @@ def sizes_of(config: Config, completion_tokens: float) -> Sizes:
         pool=len(lengths["pool"]),
         validation=sum(len(lengths[split]) for split in validation),
         evaluated=sum(min(limit or len(lengths[s]), len(lengths[s])) for s in (*validation, "test")),
-        prompt_tokens=float(np.mean(lengths["pool"])),
+        prompt_tokens=float(np.mean(lengths["pool"] or [0])),
         new_tokens=float(completion_tokens or longest),
         longest_new=longest,
     )
@@ -163,7 +163,7 @@ def loop_of(config: Config) -> Loop:
 
 
 def _lengths(config: Config) -> Iterator[tuple[str, Sequence[int]]]:
-    """Yield the number of tokens of each prompt of each set."""
+    """Yield the number of tokens of each prompt of each set; those with images, which nothing samples, are left out."""
     settings = config.prompts
     if settings.source == "embedded":
         from pipeline.embedded.pool import unlabelled
@@ -172,6 +172,7 @@ def _lengths(config: Config) -> Iterator[tuple[str, Sequence[int]]]:
             yield split, [len(text) for text in texts]  # a token a character
         return
     from pipeline.decontaminate import drop_repeats
+    from pipeline.messages import has_images
     from pipeline.pretrained import load_tokenizer
     from pipeline.prompts import load_prompts, render
     from pipeline.records import Prompts
@@ -180,8 +181,8 @@ def _lengths(config: Config) -> Iterator[tuple[str, Sequence[int]]]:
     tokenizer = load_tokenizer(folder, chat_template=read_template(config.policy.chat_template), gguf=file)
     for split, sources in {"pool": settings.pool, **settings.validation, "test": settings.test}.items():
         part, _ = drop_repeats(Prompts.concat(load_prompts(source) for source in sources))
-        pairs = zip(part.prompt_uid, part.messages, strict=True)
-        yield split, [len(render(messages, tokenizer, config.policy.chat, uid)) for uid, messages in pairs]
+        texts = [messages for messages in part.messages if not has_images(messages)]
+        yield split, [len(render(messages, tokenizer, config.policy.chat)) for messages in texts]
 
 
 def _place(checkpoint: str) -> tuple[str, str]:

@@ -173,9 +173,12 @@ def _decide(desk: Desk, rule: str, what: str, found: dict[str, str]) -> dict[str
 
 
 def _too_long(desk: Desk, policy: str, part: Prompts) -> list[str]:
+    """Return the prompts that leave no room for a completion; how long an image is, only its trainer knows."""
+    from pipeline.messages import has_images
     from pipeline.prompts import render
 
     loaded, room = desk.load(policy), desk.config.sampling.max_new_tokens
     limit = loaded.context_length - room
     chat, pairs = desk.config.policy.chat, zip(part.prompt_uid, part.messages, strict=True)
-    return [uid for uid, messages in pairs if len(render(messages, loaded.tokenizer, chat, uid)) > limit]
+    texts = [(uid, messages) for uid, messages in pairs if not has_images(messages)]
+    return [uid for uid, messages in texts if len(render(messages, loaded.tokenizer, chat, uid)) > limit]

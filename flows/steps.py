@@ -103,6 +103,7 @@ def train(
         **desk.engines.identity(desk.engines.trained),
     )
     if not desk.store.done(key):
+        evidence.refuse_images(desk, data, evidence.chosen(desk, selection))
         direction = (
             np.mean([evidence.mean_target(desk, *target) for target in targets.values()], axis=0) if targets else None
         )

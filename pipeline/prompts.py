@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.gym import PREFIX, gym_entries, gym_row
+from pipeline.gym import PREFIX, gym_rows
 from pipeline.messages import has_images, images_of, plain_text
 from pipeline.records import Prompts
 from pipeline.rows import rows_to_prompts
@@ -56,8 +56,7 @@ def load_prompts(source: Mapping[str, Any]) -> Prompts:
         )
     if str(path).startswith(PREFIX):
         _check_keys(source, GYM_KEYS)
-        rows = [gym_row(source, entry) for entry in gym_entries(source)]
-        return rows_to_prompts(rows, {key: source[key] for key in ("path", "template") if key in source})
+        return rows_to_prompts(gym_rows(source), {key: source[key] for key in ("path", "template") if key in source})
     _check_keys(source, COLUMN_KEYS + (FOLDER_KEYS if Path(path).is_dir() else ()))
     return rows_to_prompts(_rows(Path(path), source), source)
 

@@ -32,7 +32,7 @@ def estimate(config: Config, *, completion_tokens: float = 0.0, tflops: float = 
     shape, sizes = shape_for(config), sizes_of(config, completion_tokens)
     fitted = fit(config, shape, sizes)
     rate = rate_of(config.policy.device, config.policy.dtype, shape.hidden, tflops)
-    lines = plan(shape, rate, sizes, loop_of(fitted))
+    lines = plan(shape, rate, sizes, loop_of(fitted, engine_of(config, shape)))
     return {
         "name": config.name,
         "policy": {"checkpoint": config.policy.checkpoint, **asdict(shape)},
@@ -138,7 +138,20 @@ def sizes_of(config: Config, completion_tokens: float) -> Sizes:
     )
 
 
-def loop_of(config: Config) -> Loop:
+def engine_of(config: Config, shape: Shape) -> float:
+    """Return the bytes that vLLM holds beside the policy; of an accelerator that is not here, its weights alone."""
+    from pipeline.costs import engine_bytes
+    from pipeline.throughput import memory_of
+
+    settings, device = config.generation, config.policy.device
+    if settings.engine != "vllm":
+        return 0.0
+    cache = settings.cache or float(device == "cpu")
+    held = engine_bytes(shape, cache * 2**30, settings.tensor_parallel_size)
+    return held if cache else max(held, settings.memory * memory_of(device))
+
+
+def loop_of(config: Config, engine: float) -> Loop:
     """Return the settings that decide how much is done."""
     train, evidence, features = config.train, config.evidence, config.features
     return Loop(
@@ -159,6 +172,9 @@ def loop_of(config: Config) -> Loop:
         batch_tokens=config.policy.batch_tokens,
         micro_tokens=config.policy.micro_tokens,
         keeps_start=config.policy.checkpoint == "embedded" or config.policy.checkpoint.startswith("package:"),
+        compare_full=features.compare_full,
+        engine=engine,
+        sleeps=config.generation.sleep,
     )
 
 

@@ -302,8 +302,8 @@ class Config(Section):
         ):
             raise ValueError(
                 "features.compare_full = true sets an adapter's cosines beside those of all parameters, before "
-                "training: it needs [policy.lora], features.score = 'cosine', and evidence.source = 'collect' or "
-                "'import'"
+                "training: it needs [policy.lora], features.score = 'cosine', and evidence.source = 'collect', "
+                "'import' or 'rescore'"
             )
         if self.features.metric == "adam" and self.evidence.source != "first_stage":
             raise ValueError(

@@ -32,7 +32,7 @@ def estimate(config: Config, *, completion_tokens: float = 0.0, tflops: float = 
     shape, sizes = shape_for(config), sizes_of(config, completion_tokens)
     fitted = fit(config, shape, sizes)
     rate = rate_of(config.policy.device, config.policy.dtype, shape.hidden, tflops)
-    lines = plan(shape, rate, sizes, loop_of(fitted))
+    lines = plan(shape, rate, sizes, loop_of(fitted, engine_of(config, shape)))
     return {
         "name": config.name,
         "policy": {"checkpoint": config.policy.checkpoint, **asdict(shape)},
@@ -132,13 +132,26 @@ def sizes_of(config: Config, completion_tokens: float) -> Sizes:
         pool=len(lengths["pool"]),
         validation=sum(len(lengths[split]) for split in validation),
         evaluated=sum(min(limit or len(lengths[s]), len(lengths[s])) for s in (*validation, "test")),
-        prompt_tokens=float(np.mean(lengths["pool"])),
+        prompt_tokens=float(np.mean(lengths["pool"] or [0])),
         new_tokens=float(completion_tokens or longest),
         longest_new=longest,
     )
 
 
-def loop_of(config: Config) -> Loop:
+def engine_of(config: Config, shape: Shape) -> float:
+    """Return the bytes that vLLM holds beside the policy; of an accelerator that is not here, its weights alone."""
+    from pipeline.costs import engine_bytes
+    from pipeline.throughput import memory_of
+
+    settings, device = config.generation, config.policy.device
+    if settings.engine != "vllm":
+        return 0.0
+    cache = settings.cache or float(device == "cpu")
+    held = engine_bytes(shape, cache * 2**30, settings.tensor_parallel_size)
+    return held if cache else max(held, settings.memory * memory_of(device))
+
+
+def loop_of(config: Config, engine: float) -> Loop:
     """Return the settings that decide how much is done."""
     train, evidence, features = config.train, config.evidence, config.features
     return Loop(
@@ -159,11 +172,14 @@ def loop_of(config: Config) -> Loop:
         batch_tokens=config.policy.batch_tokens,
         micro_tokens=config.policy.micro_tokens,
         keeps_start=config.policy.checkpoint == "embedded" or config.policy.checkpoint.startswith("package:"),
+        compare_full=features.compare_full,
+        engine=engine,
+        sleeps=config.generation.sleep,
     )
 
 
 def _lengths(config: Config) -> Iterator[tuple[str, Sequence[int]]]:
-    """Yield the number of tokens of each prompt of each set."""
+    """Yield the number of tokens of each prompt of each set; those with images, which nothing samples, are left out."""
     settings = config.prompts
     if settings.source == "embedded":
         from pipeline.embedded.pool import unlabelled
@@ -172,6 +188,7 @@ def _lengths(config: Config) -> Iterator[tuple[str, Sequence[int]]]:
             yield split, [len(text) for text in texts]  # a token a character
         return
     from pipeline.decontaminate import drop_repeats
+    from pipeline.messages import has_images
     from pipeline.pretrained import load_tokenizer
     from pipeline.prompts import load_prompts, render
     from pipeline.records import Prompts
@@ -180,8 +197,8 @@ def _lengths(config: Config) -> Iterator[tuple[str, Sequence[int]]]:
     tokenizer = load_tokenizer(folder, chat_template=read_template(config.policy.chat_template), gguf=file)
     for split, sources in {"pool": settings.pool, **settings.validation, "test": settings.test}.items():
         part, _ = drop_repeats(Prompts.concat(load_prompts(source) for source in sources))
-        pairs = zip(part.prompt_uid, part.messages, strict=True)
-        yield split, [len(render(messages, tokenizer, config.policy.chat, uid)) for uid, messages in pairs]
+        texts = [messages for messages in part.messages if not has_images(messages)]
+        yield split, [len(render(messages, tokenizer, config.policy.chat)) for messages in texts]
 
 
 def _place(checkpoint: str) -> tuple[str, str]:

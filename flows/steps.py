@@ -103,6 +103,7 @@ def train(
         **desk.engines.identity(desk.engines.trained),
     )
     if not desk.store.done(key):
+        evidence.refuse_images(desk, data, evidence.chosen(desk, selection))
         direction = (
             np.mean([evidence.mean_target(desk, *target) for target in targets.values()], axis=0) if targets else None
         )
@@ -130,9 +131,18 @@ def evaluate(desk: Desk, policy: str, data: str, splits: Sequence[str]) -> str:
     """Measure a checkpoint on held-out sets."""
     from flows.learning import measure
 
-    settings = desk.config.evaluate
-    engine = desk.engines.identity(desk.engines.name(policy))
-    key = desk.store.key("evaluation", policy=policy, data=data, splits=list(splits), **settings.model_dump(), **engine)
+    settings, sampling = desk.config.evaluate, desk.config.sampling
+    key = desk.store.key(
+        "evaluation",
+        policy=policy,
+        data=data,
+        splits=list(splits),
+        exact=settings.exact,
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens or sampling.max_new_tokens,
+        stop=list(sampling.stop),
+        **desk.engines.identity(desk.engines.name(policy)),
+    )
     if not desk.store.done(key):
         desk.store.record(
             key, "evaluation", {"sets": {split: measure(desk, policy, desk.prompts(data, split)) for split in splits}}

@@ -203,6 +203,16 @@ def static_bytes(shape: Shape) -> float:
     return float(shape.parameters * shape.itemsize)
 
 
+def engine_bytes(shape: Shape, cache: float, share: int) -> float:
+    """Return the bytes that an engine beside the policy holds: a merged copy of the weights, and ``cache`` bytes.
+
+    The output layer is a copy of its own where it is tied; ``share`` accelerators hold the weights together.
+    """
+    adapter = shape.trainable if shape.trainable < shape.parameters else 0
+    head = shape.vocabulary * shape.hidden if shape.multiplied == shape.parameters else 0
+    return (shape.parameters - adapter + head) * shape.itemsize / share + cache
+
+
 def token_bytes(shape: Shape, context: float) -> float:
     """Return the bytes that a token of a backward pass holds: activations and logits."""
     layer = 17.0 * shape.hidden + (2.5 * shape.heads * context if shape.eager else 0.0)

@@ -70,6 +70,11 @@ def images_of(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [p for m in messages if not isinstance(m["content"], str) for p in m["content"] if p["type"] == "image"]
 
 
+def has_images(messages: str) -> bool:
+    """Return whether one of some messages, given as canonical JSON, holds an image."""
+    return '"image"' in messages and bool(images_of(json.loads(messages)))
+
+
 def is_plain(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether every content is text and none a list of parts."""
     return all(isinstance(message["content"], str) for message in messages)

@@ -11,7 +11,16 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from pipeline.costs import Cost, Rate, Shape, checkpoint_bytes, generation, gradients, update
+from pipeline.costs import (
+    Cost,
+    Rate,
+    Shape,
+    checkpoint_bytes,
+    generation,
+    gradients,
+    static_bytes,
+    update,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,9 @@ class Loop:
     batch_tokens: int
     micro_tokens: int
     keeps_start: bool  # the first checkpoint is made, and kept in float32
+    compare_full: bool = False
+    engine: float = 0.0  # bytes that vLLM holds beside the policy; 0: Transformers samples with the policy itself
+    sleeps: bool = False  # it gives them back while nothing is sampled
 
 
 @dataclass(frozen=True)
@@ -104,6 +116,19 @@ def _selection(
     )
     if loop.refresh:
         yield Line("curriculum", number, "refresh", _sample(shape, rate, sizes, loop, left, loop.collected))
+    if loop.directional:
+        yield Line("curriculum", number, "score_directional", _gradients(shape, rate, sizes, loop, left, each))
+        return
+    disk = 2.0 * loop.dim * (left + sizes.validation)  # half precision
+    cost = _gradients(shape, rate, sizes, loop, left, each)
+    yield Line("curriculum", number, "featurize", replace(cost, disk=disk))
+    if loop.compare_full and number == 0:  # at the untrained checkpoint alone
+        cost = _gradients(_all_parameters(shape), rate, sizes, loop, left, each)
+        yield Line("curriculum", number, "score_full", replace(cost, disk=disk))
+
+
+def _gradients(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, left: int, each: float) -> Cost:
+    """One gradient of each candidate and of each validation prompt."""
     pool, aims = (
         gradients(
             shape,
@@ -116,16 +141,22 @@ def _selection(
         )
         for prompts, rollouts in ((left, each), (sizes.validation, loop.validation_rollouts))
     )
-    if loop.directional:
-        yield Line("curriculum", number, "score_directional", pool + aims)
-        return
-    disk = 2.0 * loop.dim * (left + sizes.validation)  # half precision
-    yield Line("curriculum", number, "featurize", replace(pool + aims, disk=disk))
+    return _beside_engine(loop, pool + aims)
+
+
+def _all_parameters(shape: Shape) -> Shape:
+    """Return the shape of a policy without the adapter that trains: all that is left trains."""
+    base = shape.parameters - shape.trainable
+    return replace(shape, parameters=base, trainable=base, multiplied=shape.multiplied - shape.trainable)
+
+
+def _beside_engine(loop: Loop, cost: Cost) -> Cost:
+    return cost if loop.sleeps else replace(cost, memory=cost.memory + loop.engine)
 
 
 def _training(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, arm: str, number: int, steps: int) -> Iterator[Line]:
     prompts = min(loop.batch, sizes.pool)
-    one = _sample(shape, rate, sizes, loop, prompts, loop.rollouts) + update(
+    step = update(
         shape,
         rate,
         prompts=prompts,
@@ -134,6 +165,7 @@ def _training(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, arm: str, numb
         new_tokens=sizes.new_tokens,
         micro_tokens=loop.micro_tokens,
     )
+    one = _sample(shape, rate, sizes, loop, prompts, loop.rollouts) + _beside_engine(loop, step)
     saved = math.ceil(steps / loop.save_every)
     whole = one.times(steps)
     yield Line(arm, number, "train", replace(whole, disk=whole.disk + saved * checkpoint_bytes(shape)))
@@ -141,7 +173,7 @@ def _training(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, arm: str, numb
 
 
 def _sample(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, prompts: int, rollouts: int) -> Cost:
-    return generation(
+    cost = generation(
         shape,
         rate,
         prompts=prompts,
@@ -150,6 +182,7 @@ def _sample(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, prompts: int, ro
         new_tokens=sizes.new_tokens,
         batch_tokens=loop.batch_tokens,
     )
+    return replace(cost, memory=static_bytes(shape) + loop.engine) if loop.engine else cost
 
 
 def _evaluation(shape: Shape, rate: Rate, sizes: Sizes, loop: Loop, checkpoints: int) -> Cost:

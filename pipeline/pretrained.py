@@ -74,6 +74,16 @@ def options(gguf: str = "") -> dict[str, Any]:
     return {"local_files_only": os.environ.get("HF_HUB_OFFLINE") == "1"} | ({"gguf_file": gguf} if gguf else {})
 
 
+def cached_revision(name: str) -> str:
+    """Return the commit of the snapshot that the local hub cache has of a model; empty where it has none."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    try:
+        return extract_commit_hash(cached_file(name, "config.json", local_files_only=True), None) or ""
+    except OSError:
+        return ""
+
+
 def refuse_unusable(folder: Path) -> None:
     """Refuse a folder that is no checkpoint, and one whose weights are pickled: loading those runs what is in them."""
     if not folder.exists():

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.gym import PREFIX, gym_entries, gym_row
-from pipeline.messages import images_of, plain_text
+from pipeline.gym import PREFIX, gym_rows
+from pipeline.messages import has_images, images_of, plain_text
 from pipeline.records import Prompts
 from pipeline.rows import rows_to_prompts
 
@@ -56,8 +56,7 @@ def load_prompts(source: Mapping[str, Any]) -> Prompts:
         )
     if str(path).startswith(PREFIX):
         _check_keys(source, GYM_KEYS)
-        rows = [gym_row(source, entry) for entry in gym_entries(source)]
-        return rows_to_prompts(rows, {key: source[key] for key in ("path", "template") if key in source})
+        return rows_to_prompts(gym_rows(source), {key: source[key] for key in ("path", "template") if key in source})
     _check_keys(source, COLUMN_KEYS + (FOLDER_KEYS if Path(path).is_dir() else ()))
     return rows_to_prompts(_rows(Path(path), source), source)
 
@@ -100,14 +99,8 @@ def render(messages: str, tokenizer: Any, chat: bool, uid: str = "") -> list[int
     Raises:
         ValueError: ``chat`` without a chat template, or a prompt with images, which no engine here can take.
     """
+    refuse_images(messages, uid)
     turns: list[dict[str, Any]] = json.loads(messages)
-    pictures = images_of(turns)
-    if pictures:
-        raise ValueError(
-            f"prompt {uid or repr(plain_text(turns[-1]['content'])[:80])} holds {len(pictures)} image(s): rollouts and "
-            "gradients here take text alone; leave such rows out of the pool, or export the pool to a trainer that "
-            "takes images"
-        )
     turns = [{**turn, "content": plain_text(turn["content"])} for turn in turns]
     if not chat:
         return [int(i) for i in tokenizer("\n\n".join(turn["content"] for turn in turns)).input_ids]
@@ -118,6 +111,26 @@ def render(messages: str, tokenizer: Any, chat: bool, uid: str = "") -> list[int
         turns, tokenize=True, add_generation_prompt=not prefilled, continue_final_message=prefilled, return_dict=False
     )
     return [int(i) for i in ids]
+
+
+def refuse_images(messages: str, uid: str = "") -> None:
+    """Refuse a prompt with images, before rollouts are sampled from it or a gradient is taken of them.
+
+    Args:
+        messages: canonical JSON of the messages.
+        uid: names the prompt in the error.
+
+    Raises:
+        ValueError: it holds an image.
+    """
+    if has_images(messages):
+        turns = json.loads(messages)
+        raise ValueError(
+            f"prompt {uid or repr(plain_text(turns[-1]['content'])[:80])} holds {len(images_of(turns))} image(s): "
+            "rollouts and gradients here take text alone; leave such rows out of the pool to train or to score by "
+            "gradients, or draw stages at random (flows.steps.shuffle) and export them (flows.export) to a trainer "
+            "that takes images"
+        )
 
 
 def _check_keys(source: Mapping[str, Any], known: Sequence[str]) -> None:

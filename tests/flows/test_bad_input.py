@@ -264,13 +264,55 @@ def test_near_repeats_are_left_out_when_asked(settle: Settle, inputs: Path, tmp_
     assert found[0.0] == 0 and found[0.6] >= 1
 
 
-def test_a_prompt_with_an_image_is_refused_by_name(settle: Callable[..., Config], inputs: Path, tmp_path: Path):
-    """A run, whose engines take text alone, names the first prompt that holds an image before anything is sampled."""
+@pytest.fixture
+def seen(inputs: Path, tmp_path: Path) -> dict[str, Any]:
+    """Settings of ``[prompts]`` with a pool whose last row is an image."""
     row = {"prompt": [{"role": "user", "content": [{"type": "image", "url": "https://example.org/a.png"}]}]}
     file = tmp_path / "seen.jsonl"
     file.write_text(
         (inputs / "pool.jsonl").read_text() + json.dumps(row | {"ground_truth": "2", "ability": "see"}) + "\n"
     )
-    config = settle(prompts={"pool": ({"path": str(file), "data_source": "tiny"},)})
-    with pytest.raises(ValueError, match=r"prompt [0-9a-f]{32} holds 1 image\(s\).*leave such rows out of the pool"):
-        quiet(config, tmp_path / "run")
+    return {"pool": ({"path": str(file), "data_source": "tiny"},)}
+
+
+def test_a_prompt_with_an_image_is_refused_by_name(settle: Settle, seen: dict[str, Any], tmp_path: Path):
+    """Where rollouts are sampled the prompt with an image is named, and so it is before a stage with it is trained."""
+    named = r"prompt [0-9a-f]{32} holds 1 image\(s\).*leave such rows out of the pool"
+    with pytest.raises(ValueError, match=named):
+        quiet(settle(prompts=seen, evidence={"source": "collect", "rollouts": 2}), tmp_path / "collected")
+    with pytest.raises(ValueError, match=named):
+        quiet(settle(prompts=seen, train={"stages": (7,)}), tmp_path / "trained")  # a stage of the whole pool
+    assert not [key for key in keys_of(tmp_path / "trained") if key.startswith("rollouts")]
+
+
+def test_images_are_imported_drawn_and_exported_but_get_no_gradient(
+    settle: Settle, seen: dict[str, Any], tmp_path: Path
+):
+    """A pool with an image is stored, gets imported rollouts, and is exported from a shuffle; gradients refuse it."""
+    from flows import collecting, evidence, prepare, steps
+    from flows.arms import Arm, Stage
+    from flows.export import export
+    from flows.run import open_desk
+    from pipeline.messages import has_images
+
+    file = tmp_path / "rollouts.jsonl"
+    config = settle(prompts=seen, evidence={"source": "import", "path": str(file)}, policy={"memory_gib": 1.0})
+    with open_desk(config, tmp_path / "run", Reporter(quiet=True)) as desk:
+        start = prepare.start_policy(desk)
+        data = prepare.prompts(desk, start)
+        pool = desk.prompts(data, "pool")
+        (image,) = [uid for uid, m in zip(pool.prompt_uid, pool.messages, strict=True) if has_images(m)]
+        row = {"prompt_uid": image, "prompt_ids": [3], "completion_ids": [4, 5], "logp_old": [-1.0, -1.0]}
+        verdicts = ("correct", "incorrect")
+        file.write_text("".join(json.dumps(row | {"verdict": verdict}) + "\n" for verdict in verdicts))
+        rollouts = collecting.import_rollouts(desk, data)
+        drawn = steps.shuffle(desk, data, rollouts, 0, budget=len(pool), seed=1)
+        stage = Stage(0, drawn, 1)
+        folder = export(desk, data, Arm("curriculum", start, "", [stage]), [drawn])
+        with pytest.raises(ValueError, match=rf"prompt {image} holds 1 image"):
+            evidence.cascade(desk, data, rollouts)
+    written = folder / "data/stage_00/train.parquet"
+    rows = {row["prompt_uid"]: row for row in pq.read_table(written).to_pylist()}
+    assert rows[image]["images"] == [{"bytes": None, "path": "https://example.org/a.png"}]
+    assert rows[image]["n_obs"] == 2 and rows[image]["pass_rate"] == 0.5
+    assert [uid for uid, row in rows.items() if row["images"]] == [image]

@@ -166,3 +166,24 @@ def test_less_memory_changes_no_result(settle: Callable[..., Config], tmp_path: 
         summary = quiet(settle(**short, policy=policy), tmp_path / name)
         ends.append(summary["final"]["curriculum"]["test"]["expected_reward"]["mean"])
     assert ends[1] == pytest.approx(ends[0], abs=1e-4)
+
+
+def test_full_gradients_and_vllm_are_counted(settle: Callable[..., Config]):
+    """Gradients of all parameters are a line of the first stage; vLLM's weights and its cache are held beside all."""
+    lora = {"rank": 2, "alpha": 4, "targets": "all-linear"}
+    plain = settle(policy={"lora": lora}, evidence={"source": "collect"})
+    without = estimate(plain, tflops=1.0)
+    found = estimate(plain.model_copy(update={"features": plain.features.model_copy(update={"compare_full": True})}))
+    assert not said(without, "computed", "score_full")
+    (line,) = [x for x in found["steps"] if x["step"] == "score_full"]
+    same = next(x for x in found["steps"] if x["step"] == "featurize")
+    assert line["stage"] == 0 and line["computed"] == same["computed"] > 0 and line["seconds"] > same["seconds"]
+    engine = estimate(settle(**plain.model_dump(include={"policy", "evidence"}), generation={"engine": "vllm"}))
+    shape = engine["policy"]
+    bare = shape["parameters"] - shape["trainable"]  # the embedded policy's output layer is its own
+    more = 4 * bare + 2**30
+    for line, other in zip(engine["steps"], without["steps"], strict=True):
+        if line["step"] == "featurize":
+            assert line["memory"] == pytest.approx(other["memory"] + more)
+        if line["step"] == "collect":
+            assert line["memory"] == pytest.approx(4 * shape["parameters"] + more)

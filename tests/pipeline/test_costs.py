@@ -17,6 +17,7 @@ from pipeline.costs import (
     Shape,
     budgets,
     checkpoint_bytes,
+    engine_bytes,
     generation,
     gradients,
     shape_of,
@@ -189,3 +190,12 @@ def test_a_policy_of_a_billion_by_hand():
     assert cost.seconds == pytest.approx(1000 * 6 * 1.5e9, rel=0.03)
     assert static_bytes(shape) == 3e9
     assert checkpoint_bytes(shape) == 9e9
+
+
+def test_an_engine_holds_merged_weights_and_a_cache():
+    """Its bytes by hand: no adapter, a tied output layer once more, the weights shared and the cache not."""
+    untied = Shape(1000, 1000, 900, 2, 8, 2, 4, 10, 4)
+    assert engine_bytes(untied, 50.0, 1) == 1000 * 4 + 50
+    tied = dataclasses.replace(untied, multiplied=1000)
+    assert engine_bytes(tied, 50.0, 2) == (1000 + 10 * 8) * 4 / 2 + 50
+    assert engine_bytes(dataclasses.replace(tied, trainable=100), 0.0, 1) == (900 + 10 * 8) * 4

@@ -8,9 +8,8 @@ r"""What rollouts, gradients and updates cost in tokens, operations, bytes and s
     activations  17 L h, and 2.5 L a c where attention scores are kept        numbers a token, a heads
               (Korthikanti et al., arXiv:2205.05198, equation 2: 34 and 5 bytes at two bytes a number)
 
-Sampling reads all weights once a token, whatever the batch: that, and the calls of many small operations, is what it
-costs beyond its operations. Seconds are sums of these, without overlap. Lengths of completions are expectations of the
-caller; memory is that of the largest moment.
+Sampling reads all weights once a token: that, and the calls of many small operations, is what it costs beyond its
+operations. Seconds are sums, without overlap; lengths are what the caller expects; memory is that of the fullest moment.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ r"""What rollouts, gradients and updates cost in tokens, operations, bytes and s
               (Korthikanti et al., arXiv:2205.05198, equation 2: 34 and 5 bytes at two bytes a number)
 
 Sampling reads all weights once a token: that, and the calls of many small operations, is what it costs beyond its
-operations. Seconds are sums, without overlap; lengths are what the caller expects; memory is that of the fullest moment.
+operations. Seconds are sums, without overlap; lengths are those expected; memory is that of the fullest moment.
 """
 
 from __future__ import annotations

@@ -203,12 +203,9 @@ def static_bytes(shape: Shape) -> float:
 
 
 def engine_bytes(shape: Shape, cache: float, share: int) -> float:
-    """Return the bytes that an engine beside the policy holds: a merged copy of the weights, and ``cache`` bytes.
-
-    The output layer is a copy of its own where it is tied; ``share`` accelerators hold the weights together.
-    """
+    """Return the bytes of an engine beside the policy: merged weights, ``share`` holding them together, and a cache."""
     adapter = shape.trainable if shape.trainable < shape.parameters else 0
-    head = shape.vocabulary * shape.hidden if shape.multiplied == shape.parameters else 0
+    head = shape.vocabulary * shape.hidden if shape.multiplied == shape.parameters else 0  # a copy where it is tied
     return (shape.parameters - adapter + head) * shape.itemsize / share + cache
 
 

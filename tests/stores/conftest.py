@@ -93,6 +93,30 @@ def names() -> dict[str, str]:
     return {"policy": "policy-0", "projection": "sparse-0", "objective": "grpo"}
 
 
+@contextmanager
+def failing_statement(store: Store, number: int, *, after: bool) -> Iterator[None]:
+    """Let the n-th statement or commit of a catalog fail, before it is done or after, within a `with` block."""
+    dialect, calls = store.catalog.database._engine.dialect, count(1)
+    error = dialect.loaded_dbapi.OperationalError
+
+    def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            bad = next(calls) == number
+            if bad and not after:
+                raise error("disk I/O error")
+            result = operation(*args, **kwargs)
+            if bad:
+                raise error("connection lost")
+            return result
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("do_execute", "do_executemany", "do_commit"):
+            patch.setattr(dialect, name, wrap(getattr(dialect, name)))
+        yield
+
+
 @pytest.fixture
 def fail_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
     """Lets the n-th of the eight disk operations fail as on a full disk, within a `with` block."""

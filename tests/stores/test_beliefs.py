@@ -13,6 +13,7 @@ from pipeline.beliefs import from_history
 from stores import Missing, StoreError, open_store
 from stores.merge import merge
 from stores.store import Store
+from tests.stores.conftest import failing_statement
 
 
 def test_history_keeps_the_order_of_batches(store: Store) -> None:
@@ -83,26 +84,9 @@ class Counting(RuleBasedStateMachine):
     @rule(number=st.integers(0, 5), place=st.integers(1, 12), told=st.booleans())
     def crash(self, number: int, place: int, told: bool) -> None:
         """The n-th statement of a commit fails, before or after it is done; then the step is repeated, or not."""
-        dialect, calls = self.store.catalog.database._engine.dialect, iter(range(1, 100))
-        error, key = dialect.loaded_dbapi.OperationalError, f"crash-{number}"
-
-        def wrap(operation: Any) -> Any:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                bad = next(calls) == place
-                if bad and not told:
-                    raise error("gone")
-                result = operation(*args, **kwargs)
-                if bad:
-                    raise error("gone")
-                return result
-
-            return wrapped
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("do_execute", "do_executemany", "do_commit"):
-                patch.setattr(dialect, name, wrap(getattr(dialect, name)))
-            with suppress(StoreError):
-                self.store.beliefs.apply(key, [("p0", number, 1)], {})
+        key = f"crash-{number}"
+        with suppress(StoreError), failing_statement(self.store, place, after=told):
+            self.store.beliefs.apply(key, [("p0", number, 1)], {})
         if self.store.done(key):
             self.model[key] = {"p0": (number, 1)}
 

@@ -3,9 +3,10 @@
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from itertools import count
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stores.merge import merge
 from stores.objects import File
 from stores.store import Store
 from stores.verification import verify
+from tests.stores.conftest import failing_statement
 
 ROOT = Path(__file__).parents[2]
 DAMAGES = 200  # for each store
@@ -61,7 +63,10 @@ def _operations(
         "lease": (lambda: store.leases.acquire("new", 0.05), lambda: _is_held(store.leases, "new")),
         "renew": (lambda: store.leases.renew(lease, 6000.0), lambda: store.leases._expiry("held") > lease.expires_at),
         "release": (lambda: store.leases.release(lease), lambda: not _is_held(store.leases, "held")),
-        "collect": (lambda: collect(store, 0), lambda: not store.objects.exists(File(_sha(b"retired"), 7))),
+        "collect": (
+            lambda: (time.sleep(0.06), collect(store, 0)),
+            lambda: not store.objects.exists(File(_sha(b"retired"), 7)),
+        ),
     }
 
 
@@ -85,34 +90,10 @@ def test_every_failing_statement_is_survived(
     rollouts: Callable[..., Any],
     names: dict[str, str],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     acknowledged: bool,
 ) -> None:
     """Whichever statement or commit of the catalog fails, before it is done or after: all or nothing, a repeat works."""
-    dialect = store.catalog.database._engine.dialect
-    error = dialect.loaded_dbapi.OperationalError
-
-    @contextmanager
-    def failing(number: int) -> Iterator[None]:
-        calls = count(1)
-
-        def wrap(operation: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                bad = next(calls) == number
-                if bad and not acknowledged:
-                    raise error("disk I/O error")
-                result = operation(*args, **kwargs)
-                if bad:
-                    raise error("connection lost")
-                return result
-
-            return wrapped
-
-        with monkeypatch.context() as patch:
-            for name in ("do_execute", "do_executemany", "do_commit"):
-                patch.setattr(dialect, name, wrap(getattr(dialect, name)))
-            yield
-
+    failing = partial(failing_statement, store, after=acknowledged)
     failures = _try_all(store, rollouts, names, tmp_path, failing)
     assert failures["rollouts"] >= 5 and failures["retire"] >= 2 and sum(failures.values()) >= 50
 

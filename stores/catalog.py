@@ -87,7 +87,8 @@ class Catalog:
                     f"key {artifact.key} is in the catalog {self.name} with another {', another '.join(found)}; "
                     "put whatever differs into the identity that the key is made of"
                 )
-            rows.retire(connection, artifact.key, None)
+            if row.retired_at is not None:
+                rows.retire(connection, artifact.key, None)
             return stored
 
     def keys(self, kind: str | None = None) -> list[str]:

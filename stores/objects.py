@@ -109,18 +109,15 @@ class Objects:
 
     def listing(self) -> Iterator[tuple[str, float]]:
         """The digest of every object that is kept, and when it was last put (seconds since 1970)."""
-        return self._listing()
+        for path in self.folder.glob("*/*"):
+            with suppress(FileNotFoundError):
+                yield path.name, path.stat().st_mtime
 
     def delete(self, digest: str) -> None:
         """Remove an object; one that is gone already is no error."""
         path = self.folder / digest[:2] / digest
         with suppress(FileNotFoundError), disk.remedied(path):
             disk.unlink(path)
-
-    def _listing(self) -> Iterator[tuple[str, float]]:
-        for path in self.folder.glob("*/*"):
-            with suppress(FileNotFoundError):
-                yield path.name, path.stat().st_mtime
 
     def _adopt(self, temporary: Path, file: File) -> None:
         """Give a finished temporary its final name, in the place of what has it."""

@@ -80,7 +80,7 @@ class RemoteObjects(Objects):
 
     def cached(self) -> Iterator[tuple[str, float]]:
         """The digest of every local copy, and when it was made."""
-        return self._listing()
+        return super().listing()
 
     def drop_copy(self, digest: str) -> None:
         """Remove the local copy of an object, and leave the bucket alone."""

@@ -186,6 +186,12 @@ class Select(Section):
     candidates: float = Field(1.0, gt=0, le=1)  # of the pool, at most, that get a gradient
 
 
+class Release(Section):
+    """``[release]``: ``approval`` lets each selected stage wait until a person has approved it."""
+
+    approval: bool = False
+
+
 class Insight(Section):
     """``[insight]``: the weight of difficulty, in the prior and inside a stage; candidates a batch slot, inside one."""
 
@@ -254,6 +260,7 @@ class Config(Section):
     beliefs: Beliefs = Beliefs()
     features: Features = Features()
     select: Select = Select()
+    release: Release = Release()
     insight: Insight = Insight()
     diem: Diem = Diem()
     train: Train = Train()

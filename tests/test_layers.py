@@ -36,7 +36,7 @@ DOORS = {
         *(f"stores/migrations/versions/{name}.py" for name in ("v0001_artifacts", "v0002_seals")),
     },
     "fsspec": {"stores/remote.py"},
-    "prefect": {"flows/orchestration.py"},
+    "prefect": {f"flows/{name}.py" for name in ("deploy", "deployments", "orchestration", "pages")},
     "rich": {"flows/progress.py"},
     "pebble": {"pipeline/rewards.py"},
 }

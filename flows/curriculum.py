@@ -108,8 +108,7 @@ def _begin(do: Do, name: str, data: str, start: str) -> Arm:
 
 
 def _splits(do: Do, data: str) -> list[str]:
-    splits = dict.fromkeys(do.desk.table(data)["split"])
-    return [split for split in splits if split != "pool"]
+    return [split for split in dict.fromkeys(do.desk.table(data)["split"]) if split != "pool"]
 
 
 def run_curriculum(do: Do, data: str, start: str) -> Arm:
@@ -213,6 +212,7 @@ def _train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, s
             arm.evidence.append(meta["rollouts_key"])
             stage.rollouts_train += meta["rollouts"]
             stage.checkpoints.append((first + count, policy, do("evaluate", policy, data, _splits(do, data))))
+            desk.report(arm.name, stage.number, stage.checkpoints[-1])
     arm.stages.append(stage)
     story.tell_level(desk, arm, stage)
     return policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ class Desk:
         self.verifiers, self.reporter = verifiers, reporter
         self.engines = Engines(self)
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
+        self.report: Callable[[str, int, tuple[int, str, str]], None] = lambda arm, stage, checkpoint: (
+            None
+        )  # to trackers
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
         self._held: tuple[str, Policy, Any] | None = None

@@ -42,13 +42,13 @@ def open_desk(config: Config, folder: Path, reporter: Reporter) -> Iterator[Desk
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)
-    settings = to_toml(config)
+    settings = to_toml(config.model_copy(update={"report_to": ()}))  # who watches changes no result
     store = open_store(folder / "store", config.catalog or None, config.objects or None)
     with (
         store.hold(f"run {config.name}"),
         VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers,
     ):
-        write_text(folder / "config.toml", settings)
+        write_text(folder / "config.toml", to_toml(config))
         key = store.key("settings", toml=settings)
         store.origin = {"code": code_version(), "settings": key}
         if not store.done(key):
@@ -66,12 +66,14 @@ def run(
     """Run the loop for each seed, then summarize, export and report; returns the summary."""
     from flows import facts, summary
     from flows.export import export
+    from flows.tracking import reporting, require
     from pipeline.report import render
 
+    require(config.report_to)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     done, shown = [], None
     for number, seed in enumerate(seeds or [config.seed]):
-        with open_desk(config.model_copy(update={"seed": seed}), folder, reporter) as desk:
+        with open_desk(config.model_copy(update={"seed": seed}), folder, reporter) as desk, reporting(desk):
             do = Do(desk, wrap)
             data, arms, controls = run_seed(do)
             done.append(summary.summarize(desk, data, arms, do.seconds))

@@ -251,6 +251,7 @@ class Config(Section):
     controls: bool = True  # train the random control, and the random run of equal total rollouts, beside the curriculum
     catalog: str = ""  # database URL; empty: SQLite in the run's store
     objects: str = ""  # bucket URL, such as s3://bucket/influent; empty: files in the run's store
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()  # trackers that get the metrics
     policy: Policy
     prompts: Prompts
     sampling: Sampling = Sampling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from pipeline.records import Prompts
     from pipeline.rewards import VerifierPool
     from stores.store import Store
+
+Report = Callable[[str, int, tuple[int, str, str]], None]
+"""Takes the name of an arm, the number of a stage, and (step, policy, evaluation) of its newest checkpoint."""
 
 
 class Desk:
@@ -46,6 +50,7 @@ class Desk:
         self._verifiers, self.reporter, self.windows = verifiers, reporter, windows or Windows()
         self.engines = Engines(self)
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
+        self.report: Report = lambda arm, stage, checkpoint: None  # to the trackers of ``report_to``
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
         self._held: tuple[str, Policy, Any] | None = None

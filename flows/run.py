@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,13 @@ def open_desk(
     folder.mkdir(parents=True, exist_ok=True)
     if config.policy.threads:
         torch.set_num_threads(config.policy.threads)
-    settings = to_toml(config)
+    settings = to_toml(config.model_copy(update={"report_to": ()}))  # who watches changes no result
     store = open_store(folder / "store", config.catalog or None, config.objects or None)
     with (
         store.hold(f"run {config.name}", patience=patience),
         VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers,
     ):
-        write_text(folder / "config.toml", settings)
+        write_text(folder / "config.toml", to_toml(config))
         key = store.key("settings", toml=settings)
         store.origin = {"code": code_version(), "settings": key}
         if not store.done(key):
@@ -100,11 +100,15 @@ def run(
     from flows.export import export
     from pipeline.report import render
 
+    if config.report_to:
+        from flows.tracking import require
+
+        require(config.report_to)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     done, shown = [], None
     for number, seed in enumerate(seeds or [config.seed]):
         seeded = config.model_copy(update={"seed": seed})
-        with open_desk(seeded, folder, reporter, windows, patience=patience) as desk:
+        with open_desk(seeded, folder, reporter, windows, patience=patience) as desk, _reporting(desk):
             do = Do(desk, wrap)
             data, arms = run_seed(do)
             done.append(summary.summarize(desk, data, arms, do.seconds))
@@ -119,3 +123,11 @@ def run(
     if windows is not None:
         windows.ended(config, whole)
     return whole
+
+
+def _reporting(desk: Desk) -> AbstractContextManager[None]:
+    if not desk.config.report_to:
+        return nullcontext()
+    from flows.tracking import reporting
+
+    return reporting(desk)

@@ -37,11 +37,11 @@ def train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, sa
             arm.evidence.append(meta["rollouts_key"])
             stage.rollouts_train += meta["rollouts"]
             stage.checkpoints.append((first + count, policy, do("evaluate", policy, data, _splits(do, data))))
+            desk.report(arm.name, stage.number, stage.checkpoints[-1])
     arm.stages.append(stage)
     story.tell_level(desk, arm, stage)
     return policy
 
 
 def _splits(do: Do, data: str) -> list[str]:
-    splits = dict.fromkeys(do.desk.table(data)["split"])
-    return [split for split in splits if split != "pool"]
+    return [split for split in dict.fromkeys(do.desk.table(data)["split"]) if split != "pool"]

@@ -37,6 +37,9 @@ DOORS = {
     },
     "fsspec": {"stores/remote.py"},
     "prefect": {f"flows/{name}.py" for name in ("deploy", "deployments", "orchestration", "pages")},
+    "accelerate": {"flows/tracking.py"},
+    "mlflow": {"flows/tracking.py"},
+    "trackio": {"flows/tracking.py"},
     "rich": {"flows/progress.py"},
     "pebble": {"pipeline/rewards.py"},
 }

@@ -9,10 +9,10 @@ from flows import story
 from flows.arms import Arm, keep
 from flows.config import Config
 from flows.curriculum import gather, publish, select
-from flows.do import Do
+from flows.do import Wrap, doing
 from flows.export import export
 from flows.progress import Reporter
-from flows.run import Wrap, open_desk, plain
+from flows.run import open_desk, plain
 from flows.windows import Windows
 
 
@@ -40,8 +40,7 @@ def curate(
     if checkpoint:
         policy = config.policy.model_copy(update={"checkpoint": checkpoint})
         config = config.model_copy(update={"policy": policy})
-    with open_desk(config, folder, reporter, windows, patience=patience) as desk:
-        do = Do(desk, wrap)
+    with open_desk(config, folder, reporter, windows, patience=patience) as desk, doing(desk, wrap) as do:
         reporter.heading(f"curate for {config.policy.checkpoint}, seed {config.seed}")
         start = do("start_policy")
         data = do("prompts", start)

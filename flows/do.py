@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,8 @@ _TOGETHER = {
     "evaluate": {"train", "evaluate"},
 }
 
+Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+
 
 class Reached(Exception):
     """Ends the loop after the step that a single command asked for; carries its keys."""
@@ -56,7 +59,7 @@ class Do:
     def __init__(
         self,
         desk: Desk,
-        wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+        wrap: Wrap,
         until: tuple[str, int] | None = None,
     ) -> None:
         self.desk, self.until, self.stage = desk, until, -1  # -1: before the first stage
@@ -79,3 +82,18 @@ class Do:
         """Return the seconds of each kind of step since ``before``, a copy of ``seconds``."""
         spent = {name: s - before.get(name, 0.0) for name, s in self.seconds.items()}
         return {name: s for name, s in spent.items() if s > 0}
+
+
+@contextmanager
+def doing(desk: Desk, wrap: Wrap) -> Iterator[Do]:
+    """Give the steps of a desk, in a process of their own where one of them has a time limit."""
+    if not desk.config.timeouts:
+        yield Do(desk, wrap)
+        return
+    from flows.isolation import Isolated
+
+    isolated = Isolated(desk)
+    try:
+        yield Do(desk, lambda name, step: wrap(name, isolated.wrap(name, step)))
+    finally:
+        isolated.close()

@@ -1,7 +1,7 @@
 """The loop as a Prefect flow: each step a task, so that a person can watch it.
 
 Prefect schedules and shows; it never records. Tasks are not cached and keep no result, because the stores decide what
-is done already. A task is tried again only after what may pass by itself: an outage, or a time limit.
+is done already. A task is tried again only after what may pass by itself: an outage, a time limit, a lost process.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.config import Config
+from flows.do import Wrap
 from flows.progress import Reporter
-from flows.run import Wrap
 from flows.server import quieten, server
 
 GPU = "gpu"
@@ -88,12 +88,13 @@ def tasks(config: Config) -> Wrap:
 
 def _may_pass(task: Any, run: Any, state: Any) -> bool:
     """Return whether a step failed of what may pass by itself."""
+    from flows.isolation import Lost, Overdue
     from pipeline.generation.server import Unreachable as NoServer
     from stores.errors import Unreachable as NoStore
 
     try:
         state.result()
-    except (NoServer, NoStore):
+    except (Lost, Overdue, NoServer, NoStore):
         return True
     except Exception:
         return False

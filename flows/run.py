@@ -11,12 +11,10 @@ from typing import Any
 from flows.config import Config, to_toml
 from flows.curriculum import run_seed
 from flows.desk import Desk
-from flows.do import Do
+from flows.do import Wrap, doing
 from flows.progress import Reporter
 from flows.provenance import code_version
 from flows.windows import Windows
-
-Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 def plain(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,8 +106,11 @@ def run(
     done, shown = [], None
     for number, seed in enumerate(seeds or [config.seed]):
         seeded = config.model_copy(update={"seed": seed})
-        with open_desk(seeded, folder, reporter, windows, patience=patience) as desk, _reporting(desk):
-            do = Do(desk, wrap)
+        with (
+            open_desk(seeded, folder, reporter, windows, patience=patience) as desk,
+            _reporting(desk),
+            doing(desk, wrap) as do,
+        ):
             data, arms = run_seed(do)
             done.append(summary.summarize(desk, data, arms, do.seconds))
             summary.write_metrics(folder, desk, arms, append=number > 0)

@@ -41,8 +41,8 @@ def release(desk: Desk, selection: str) -> str:
     said = f"by {decision['by']}" + (f": {decision['note']}" if decision["note"] else "")
     if not decision["approved"]:
         raise Rejected(
-            f"selection {selection} was rejected {said}; change the settings or the pool for another one, or have the "
-            f"decision taken again: influent retire {desk.folder} {key}"
+            f"selection {selection} was rejected {said}; change the settings or the pool for another one; to "
+            f"have it decided again: influent retire {desk.folder} {key}, and influent gc {desk.folder} --grace 0"
         )
     desk.reporter.line(f"  approved {said}")
     return selection

@@ -16,7 +16,7 @@ ENGINES = (
     "tests/pipeline/generation/test_server.py",
     "tests/flows/test_engines.py",
 )
-LONGEST = ("tests/flows/test_resume.py", "tests/flows/test_collecting.py")
+LONGEST = ("tests/flows/test_resume.py", "tests/flows/test_collecting.py", "tests/stores/test_faults.py")
 
 
 def file_of(nodeid: str) -> str:

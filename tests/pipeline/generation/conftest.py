@@ -71,7 +71,6 @@ def _command(folder: Path, port: int) -> list[str]:
         "host": "127.0.0.1", "port": port, "served-model-name": "small", "dtype": "float32", "block-size": 32,
         "max-num-seqs": 64, "max-model-len": 32, "max-num-batched-tokens": 4096, "generation-config": "vllm",
         "kv-cache-memory-bytes": int(CACHE * 2**30), "logprobs-mode": "processed_logprobs", "api-key": "key-of-the-test",
-        "distributed-executor-backend": "uni",  # no process more
     }  # fmt: skip
     flags = ["--enforce-eager", "--no-enable-chunked-prefill", "--disable-log-stats"]
     given = [text for name, value in options.items() for text in (f"--{name}", str(value))]

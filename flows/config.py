@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -186,6 +186,12 @@ class Select(Section):
     candidates: float = Field(1.0, gt=0, le=1)  # of the pool, at most, that get a gradient
 
 
+class Release(Section):
+    """``[release]``: ``approval`` lets each selected stage wait until a person has approved it."""
+
+    approval: bool = False
+
+
 class Insight(Section):
     """``[insight]``: the weight of difficulty, in the prior and inside a stage; candidates a batch slot, inside one."""
 
@@ -237,14 +243,23 @@ class Evaluate(Section):
     limit: int = Field(0, ge=0)  # prompts of each set, 0: all
 
 
+STEPS = frozenset(
+    {"start_policy", "prompts", "collect", "import_rollouts", "rescore", "refresh", "featurize", "score"}
+    | {"score_directional", "score_full", "select", "shuffle", "train", "evaluate"}
+)
+"""Steps that may have a time limit."""
+
+
 class Config(Section):
     """A whole run."""
 
     name: str
     seed: int = 0
+    timeouts: dict[str, Annotated[float, Field(gt=0)]] = {}  # seconds of a step, by its name; then it is stopped
     controls: bool = True  # train the random control, and the random run of equal total rollouts, beside the curriculum
     catalog: str = ""  # database URL; empty: SQLite in the run's store
     objects: str = ""  # bucket URL, such as s3://bucket/influent; empty: files in the run's store
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()  # trackers that get the metrics
     policy: Policy
     prompts: Prompts
     sampling: Sampling = Sampling()
@@ -254,6 +269,7 @@ class Config(Section):
     beliefs: Beliefs = Beliefs()
     features: Features = Features()
     select: Select = Select()
+    release: Release = Release()
     insight: Insight = Insight()
     diem: Diem = Diem()
     train: Train = Train()
@@ -266,6 +282,14 @@ class Config(Section):
             message = "the URL has a password, and settings are kept and shown: use PGPASSWORD or ~/.pgpass instead"
             raise PydanticCustomError("secret", message)
         return url
+
+    @field_validator("timeouts")
+    @classmethod
+    def _of_steps(cls, timeouts: dict[str, float]) -> dict[str, float]:
+        for name in timeouts:
+            if name not in STEPS:
+                raise ValueError(f"timeouts names no step {name!r}; there are {', '.join(sorted(STEPS))}")
+        return timeouts
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:

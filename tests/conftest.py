@@ -30,7 +30,7 @@ from hypothesis import settings
 from pipeline.embedded.warm_start import character_tokenizer, untrained_policy
 from pipeline.policy import Policy, collate, token_logps
 from pipeline.records import Prompts, Rollouts, canonical, prompt_uid
-from tests.servers import bucket, postgres  # noqa: F401  fixtures
+from tests.servers import bucket, postgres, prefect  # noqa: F401  fixtures
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)

@@ -18,7 +18,12 @@ TOGETHER = {
         "tests/pipeline/generation/test_vllm.py",
     ),
 }
-LONGEST = ("tests/flows/test_resume.py", "tests/flows/test_collecting.py", "tests/stores/test_faults.py")
+LONGEST = (
+    "tests/flows/test_deployments.py",
+    "tests/flows/test_resume.py",
+    "tests/flows/test_collecting.py",
+    "tests/stores/test_faults.py",
+)
 GROUPS = {file: group for group, files in TOGETHER.items() for file in files}
 
 

@@ -42,6 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torture", type=int, default=1, metavar="N", help="N times the rounds of the stores' trials")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """With pytest-xdist, say which tests go together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        from tests.workers import ByFile
+
+        config.pluginmanager.register(ByFile())
+
+
 @pytest.fixture(scope="session")
 def torture(request: pytest.FixtureRequest) -> int:
     """By how much the rounds of a trial are multiplied."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -49,9 +50,7 @@ def bucket() -> Iterator[Callable[[], str]]:
     """Gives the URL of an empty place in a bucket of an S3 server, another at each call."""
     import s3fs
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # In a process of its own: what it imports is not for the process that runs the tests (vLLM stumbles over Flask).
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
@@ -66,6 +65,19 @@ def bucket() -> Iterator[Callable[[], str]]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on.
+
+    It lies below those that the system gives to clients, so that no connection of another process of the test run takes
+    it before the server listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:

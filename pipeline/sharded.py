@@ -18,7 +18,7 @@ ends it (``flows.ranks``).
 
 from __future__ import annotations
 
-import os
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,33 @@ from pipeline.recompute import recompute_blocks
 from pipeline.records import Rollouts
 from pipeline.scope import Scope, blocks_of, everything, only
 
+PATIENCE = timedelta(hours=1)
+"""For how long a rank waits for the others: the first reads the whole policy from disk meanwhile."""
 
-def join_group(device: str) -> str:
-    """Join the process group that the environment describes, as ``torchrun`` leaves it, and return this rank's device.
 
-    ``cuda`` is the accelerator with the number of this process on its machine, over NCCL; ``cpu`` is over Gloo.
+def join_group(device: str, rank: int, ranks: int, *, local: int = 0, meet: str = "env://") -> str:
+    """Join a group of processes that share the weights of policies, and return this process's device.
+
+    Args:
+        device: ``cuda``, over NCCL, or ``cpu``, over Gloo.
+        rank: number of this process in the group.
+        ranks: size of the group.
+        local: number of this process on its machine, and of its accelerator.
+        meet: where the processes find each other, as ``torch.distributed`` takes it: ``file:///path``, or the address
+            that ``torchrun`` leaves in the environment.
     """
-    if torch.device(device).type == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, init_method=meet, rank=rank, world_size=ranks, timeout=PATIENCE)
     return device
+
+
+def leave_group() -> None:
+    """Leave the group, when all have done their work."""
+    dist.destroy_process_group()
 
 
 def load_sharded(

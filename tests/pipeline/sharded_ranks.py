@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,14 +14,14 @@ from pipeline import packing
 from pipeline.features import projection_for
 from pipeline.records import Rollouts
 from pipeline.scope import named
-from pipeline.sharded import join_group, load_sharded, sketch_gradients
+from pipeline.sharded import join_group, leave_group, load_sharded, sketch_gradients
 
 
 def main(folder: Path) -> None:
     """Take the cases one after another in one process group."""
     torch.set_num_threads(1)
-    device, rank = join_group("cpu"), 0
-    rank = torch.distributed.get_rank()
+    rank = int(os.environ["RANK"])
+    device = join_group("cpu", rank, 2)
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         packing.ROW_TOKENS = case["row_tokens"]
         case["load"]["adapter"] = case["load"].get("adapter") and Path(case["load"]["adapter"])
@@ -55,7 +56,7 @@ def main(folder: Path) -> None:
             }
             np.save(folder / f"{name}-{number}-{rank}.npy", rows)
             (folder / f"{name}-{number}-{rank}.json").write_text(json.dumps(facts))
-    torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

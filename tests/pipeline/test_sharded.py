@@ -14,7 +14,6 @@ from pipeline import packing
 from pipeline.features import projection_for, sketch_gradients
 from pipeline.policy import load_policy, save_policy
 from pipeline.scope import named
-from pipeline.sharded import _deal
 
 ROOT = Path(__file__).parents[2]
 SPARSE = {"dim_out": 512, "kind": "sparse", "seed": 3}

@@ -124,8 +124,8 @@ def main(file: Path) -> None:
     """Be one of the processes: make the shards of a request together with the others."""
     import torch
 
+    from pipeline.fsdp import join_group, leave_group
     from pipeline.rewards import VerifierPool
-    from pipeline.sharded import join_group, leave_group
     from stores import open_store
     from stores.entries import Lease
 
@@ -145,7 +145,8 @@ def main(file: Path) -> None:
 
 
 def _make(desk: Desk, request: dict[str, Any], device: str, *, commits: bool) -> None:
-    from pipeline.sharded import load_sharded, sketch_gradients
+    from pipeline.fsdp import load_sharded
+    from pipeline.sharded import sketch_gradients
 
     policy, name, rollouts = request["policy"], request["name"], request["rollouts"]
     checkpoint, adapter = desk.source(policy)

@@ -18,7 +18,7 @@ from flows.config import Config
 from flows.desk import Desk
 from flows.progress import Reporter
 from flows.run import open_desk
-from pipeline.sharded import leave_group
+from pipeline.fsdp import leave_group
 from stores import Fenced
 
 SHARD = 2  # prompts: twelve shards
@@ -53,7 +53,7 @@ def kill_after_first_shard(desk: Desk) -> threading.Thread:
     def watch() -> None:
         end = time.monotonic() + 200
         while not desk.store.catalog.keys("gradients") and time.monotonic() < end:
-            time.sleep(0.005)
+            time.sleep(0.03)
         for pid in pids(1):
             os.kill(pid, signal.SIGKILL)
 

@@ -12,9 +12,10 @@ import torch
 
 from pipeline import packing
 from pipeline.features import projection_for
+from pipeline.fsdp import join_group, leave_group, load_sharded
 from pipeline.records import Rollouts
 from pipeline.scope import named
-from pipeline.sharded import join_group, leave_group, load_sharded, sketch_gradients
+from pipeline.sharded import sketch_gradients
 
 
 def main(folder: Path) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import packing
 from pipeline.features import projection_for, sketch_gradients
+from pipeline.packing import Row
 from pipeline.policy import load_policy, save_policy
 from pipeline.scope import named
+from pipeline.sharded import _deal
 
 ROOT = Path(__file__).parents[2]
 SPARSE = {"dim_out": 512, "kind": "sparse", "seed": 3}
@@ -129,3 +133,31 @@ def test_two_ranks_give_the_sketches_of_one_process(cases, tmp_path, monkeypatch
                 held += facts["held"]
                 assert facts["held"] <= 0.6 * sum(p.numel() for p in policy.model.parameters()), name
             assert held == sum(p.numel() for p in policy.model.parameters()), name
+
+
+@given(
+    groups=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=4), min_size=1, max_size=20),
+    micro_tokens=st.integers(1, 300),
+    ranks=st.integers(1, 5),
+)
+def test_every_row_is_dealt_once_within_the_budget(groups, micro_tokens, ranks):
+    """Each row is in one pass; a pass of several rows keeps the budget; a group that fits one pass is never divided."""
+    rows = [Row(prompt, (prompt, k), tokens) for prompt, group in enumerate(groups) for k, tokens in enumerate(group)]
+    small, large = _deal(rows, micro_tokens, ranks)
+    assert sorted(map(id, (r for made in [*small, *(p for parts in large for p in parts)] for r in made))) == sorted(
+        map(id, rows)
+    )
+    for made in [*small, *(part for parts in large for part in parts)]:
+        assert len(made) == 1 or len(made) * max(row.tokens for row in made) <= micro_tokens
+    for parts in large:
+        group = [row for part in parts for row in part]
+        assert {row.prompt for row in group} == {group[0].prompt}
+        assert len(group) * max(row.tokens for row in group) > micro_tokens
+
+
+@given(prompts=st.integers(1, 40), ranks=st.integers(1, 5))
+def test_equal_groups_are_dealt_evenly(prompts, ranks):
+    """Where one pass a rank is enough, no rank has more than its even share of equal groups, and nobody has two passes."""
+    small, large = _deal([Row(p, (p,), 10) for p in range(prompts)], 10_000, ranks)
+    assert not large and len(small) <= ranks
+    assert max(map(len, small)) <= -(-prompts // ranks) * 1.2 + 1

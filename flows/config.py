@@ -160,7 +160,8 @@ class Features(Section):
 
     ``layers`` are patterns of parameter names, all that train by default. ``projection`` is ``sparse``, or ``factored``
     for many short samples. ``metric`` ``adam`` preconditions with the second moments of the run's own optimizer. The
-    ``score`` ``directional`` is the dot product, from forward passes alone.
+    ``score`` ``directional`` is the dot product, from forward passes alone. ``ranks`` processes share the policy's
+    weights while gradients are made, one accelerator each; the features are the same to rounding, as are their keys.
     """
 
     objective: Literal["grpo_optimal_baseline", "grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = (
@@ -173,6 +174,7 @@ class Features(Section):
     layers: tuple[str, ...] = ()
     metric: Literal["euclidean", "adam"] = "euclidean"
     score: Literal["cosine", "directional"] = "cosine"
+    ranks: int = Field(1, ge=1)
     compare_full: bool = (
         False  # before training, score by the gradients of all parameters too, and say how far it agrees
     )
@@ -320,6 +322,12 @@ class Config(Section):
             raise ValueError(
                 "features.projection = 'factored' never sees single coordinates: it goes with keep = 1 and "
                 f"metric = 'euclidean', not keep = {self.features.keep} and metric = {self.features.metric!r}"
+            )
+        if self.features.ranks > 1 and (self.features.metric == "adam" or self.features.score == "directional"):
+            raise ValueError(
+                f"features.ranks = {self.features.ranks} with metric = {self.features.metric!r} and score = "
+                f"{self.features.score!r}: several processes make plain projected gradients alone; set metric = "
+                "'euclidean' and score = 'cosine', or ranks = 1"
             )
         if self.features.compare_full and not (
             self.policy.lora and self.evidence.source != "first_stage" and self.features.score == "cosine"

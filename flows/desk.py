@@ -136,25 +136,42 @@ class Desk:
         """Load a full checkpoint by folder or name, with a stored adapter, or a fresh one where the settings ask."""
         from pipeline.policy import load_policy
 
+        return load_policy(checkpoint, device=self.config.policy.device, **self.loading(adapter))
+
+    def loading(self, adapter: Path | None) -> dict[str, Any]:
+        """Return how a checkpoint is loaded, wherever it goes: arguments of ``load_policy`` and ``load_sharded``."""
         settings, fresh = self.config.policy, self.adapter if adapter is None else None
-        return load_policy(
-            checkpoint,
-            adapter=adapter,
-            lora=fresh,
-            seed=fresh["seed"] if fresh else 0,
-            dtype=settings.dtype,
-            device=settings.device,
-            attention=settings.attention,
-            checkpointing=settings.checkpointing,
-            context=settings.context_length,
-            chat_template=self.chat_template,
-        )
+        return {
+            "adapter": adapter,
+            "lora": fresh,
+            "seed": fresh["seed"] if fresh else 0,
+            "dtype": settings.dtype,
+            "attention": settings.attention,
+            "checkpointing": settings.checkpointing,
+            "context": settings.context_length,
+            "chat_template": self.chat_template,
+        }
+
+    def source(self, key: str) -> tuple[str | Path, Path | None]:
+        """Return the folder or name of the full checkpoint that the policy of a key starts from, and its adapter."""
+        base = self.store.meta(key).get("adapter_of")
+        return (self._place(base), self.store.checkpoints.folder(key)) if base else (self._place(key), None)
+
+    def outline(self, key: str) -> Policy:
+        """Return the policy of a key with shapes in the place of weights, and without a tokenizer."""
+        from pipeline.policy import Policy
+        from pipeline.pretrained import skeleton
+
+        checkpoint, adapter = self.source(key)
+        how = {name: value for name, value in self.loading(adapter).items() if name in ("lora", "dtype", "attention")}
+        return Policy(skeleton(checkpoint, adapter=adapter, **how), None)
+
+    def let_go(self) -> None:
+        """Forget the policy in memory and its optimizer: other processes need the room."""
+        self._held = None
 
     def _read(self, key: str) -> Policy:
-        base = self.store.meta(key).get("adapter_of")
-        if base:
-            return self.open_base(self._place(base), self.store.checkpoints.folder(key))
-        return self.open_base(self._place(key))
+        return self.open_base(*self.source(key))
 
     def _place(self, key: str) -> str | Path:
         """Return the folder or name that a full checkpoint is loaded from."""

@@ -101,23 +101,18 @@ def featurize(
 
     settings, size, keys = desk.config.features, desk.config.evidence.shard, []
     stored = evidence.read_rollouts_of(desk, rollouts, uids)
-    groups, loaded = stored.groups(), desk.load(policy)
+    groups = stored.groups()
+    shards = [list(groups)[start : start + size] for start in range(0, len(groups), size)]
+    if settings.ranks > 1:
+        from flows import ranks
+
+        return ranks.featurize(desk, policy, shards, rollouts, label, name=name)
+    loaded = desk.load(policy)
     where = space(desk, loaded, name)
     metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
     with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            shard = list(groups)[start : start + size]
-            key = desk.store.key(
-                "gradients",
-                policy=policy,
-                adapter=desk.adapter,
-                projection=where.projection.identity,
-                metric=where.metric,
-                objective=settings.objective,
-                prompts=shard,
-                rollouts=list(rollouts),
-                recent=desk.config.evidence.recent,
-            )
+        for shard in shards:
+            key = generation_key(desk, policy, where, shard, rollouts)
             keys.append(key)
             if not desk.store.done(key):
                 part, watched = stored.take([i for uid in shard for i in groups[uid]]), Watched()
@@ -131,17 +126,40 @@ def featurize(
                     scope=where.scope,
                     watch=watched,
                 )
-                meta = {
-                    "policy": policy,
-                    "projection": desk.store.key("projection", **where.projection.identity),
-                    "objective": settings.objective,
-                }
-                if name == "features":  # before the gradients, so that these are never without it
-                    evidence.write_staleness(desk, evidence.staleness_key(desk, key), watched.found)
-                alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
-                desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], meta)
+                write_generation(desk, key, policy, where, found, rows, watched if name == "features" else None)
             advance(len(shard))
     return keys
+
+
+def generation_key(desk: Desk, policy: str, where: Space, shard: Sequence[str], rollouts: Sequence[str]) -> str:
+    """Return the key of the features of one shard of prompts; how many processes make them is no part of it."""
+    return desk.store.key(
+        "gradients",
+        policy=policy,
+        adapter=desk.adapter,
+        projection=where.projection.identity,
+        metric=where.metric,
+        objective=desk.config.features.objective,
+        prompts=list(shard),
+        rollouts=list(rollouts),
+        recent=desk.config.evidence.recent,
+    )
+
+
+def write_generation(
+    desk: Desk, key: str, policy: str, where: Space, uids: Sequence[str], rows: np.ndarray, watched: Watched | None
+) -> None:
+    """Commit the features of one shard, those without gradient left out, and what was ``watched`` on the way."""
+    meta = {
+        "policy": policy,
+        "projection": desk.store.key("projection", **where.projection.identity),
+        "objective": desk.config.features.objective,
+    }
+    stale = evidence.staleness_key(desk, key)
+    if watched is not None and not desk.store.done(stale):  # before the gradients, so that these are never without it
+        evidence.write_staleness(desk, stale, watched.found)
+    alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
+    desk.store.gradients.write(key, [uids[i] for i in alive], rows[alive], meta)
 
 
 def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:

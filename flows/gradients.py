@@ -99,26 +99,14 @@ def featurize(
     """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
     from pipeline.features import sketch_gradients
 
-    settings, size, keys = desk.config.features, desk.config.evidence.shard, []
+    settings = desk.config.features
     stored = evidence.read_rollouts_of(desk, rollouts, uids)
     groups, loaded = stored.groups(), desk.load(policy)
     where = space(desk, loaded, name)
     metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
+    shards = shards_of(desk, policy, list(groups), rollouts, where)
     with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            shard = list(groups)[start : start + size]
-            key = desk.store.key(
-                "gradients",
-                policy=policy,
-                adapter=desk.adapter,
-                projection=where.projection.identity,
-                metric=where.metric,
-                objective=settings.objective,
-                prompts=shard,
-                rollouts=list(rollouts),
-                recent=desk.config.evidence.recent,
-            )
-            keys.append(key)
+        for key, shard in shards.items():
             if not desk.store.done(key):
                 part, watched = stored.take([i for uid in shard for i in groups[uid]]), Watched()
                 found, rows = sketch_gradients(
@@ -141,7 +129,29 @@ def featurize(
                 alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
                 desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], meta)
             advance(len(shard))
-    return keys
+    return list(shards)
+
+
+def shards_of(
+    desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], where: Space
+) -> dict[str, list[str]]:
+    """Return the generations that prompts with stored rollouts make, and the prompts of each, in their order."""
+    size, shards = desk.config.evidence.shard, {}
+    for start in range(0, len(uids), size):
+        shard = list(uids[start : start + size])
+        key = desk.store.key(
+            "gradients",
+            policy=policy,
+            adapter=desk.adapter,
+            projection=where.projection.identity,
+            metric=where.metric,
+            objective=desk.config.features.objective,
+            prompts=shard,
+            rollouts=list(rollouts),
+            recent=desk.config.evidence.recent,
+        )
+        shards[key] = shard
+    return shards
 
 
 def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:

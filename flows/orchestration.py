@@ -56,15 +56,20 @@ def _flow(config: Config, folder: Path, reporter: Reporter, seeds: Sequence[int]
     from prefect import flow, task
     from prefect.cache_policies import NO_CACHE
 
+    from flows import cluster
     from flows.run import run
 
     def wrap(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        spread = cluster.spread(config, name, step)
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            return step(*args, **kwargs)
+            return spread(*args, **kwargs)
 
         return task(name=name, cache_policy=NO_CACHE, persist_result=False)(call)
 
-    @flow(name="curriculum", flow_run_name=config.name, persist_result=False, validate_parameters=False)
+    options: Any = {"persist_result": False, "validate_parameters": False, "task_runner": cluster.runner(config)}
+
+    @flow(name="curriculum", flow_run_name=config.name, **options)
     def curriculum() -> dict[str, Any]:
         return run(config, folder, reporter, seeds=seeds, wrap=wrap)
 

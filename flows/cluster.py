@@ -1,8 +1,8 @@
 """Steps on a Ray cluster, through Prefect's Ray task runner. The door to ``ray`` and ``prefect_ray``.
 
-A step's shards are cut into parts, each a Prefect task on a worker; what is in the store is not asked for. A worker that
-dies is replaced by Ray, an outage is tried again by Prefect, and a part that is late is started once more elsewhere:
-whichever ends first counts, since both make the same shards (``flows.shards``).
+A step's shards are cut into parts, each a Prefect task on a worker; what is in the store is not asked for. A worker
+that dies is replaced by Ray, an outage is tried again by Prefect, and a part that is late is started once more
+elsewhere: whichever ends first counts, since both make the same shards (``flows.shards``).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def runner(config: Config) -> Any:
         return None
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    options = {"address": settings.address} if settings.address else _here()  # before Ray is imported, which reads them
     try:
         from prefect_ray import RayTaskRunner
     except ImportError as error:
         raise ValueError("cluster.runner = 'ray' needs what this lacks: pip install 'influent[ray]'") from error
-    options = {"address": settings.address} if settings.address else _here()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": QUIET}}
     return RayTaskRunner(init_kwargs=options | quiet)
 

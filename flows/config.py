@@ -359,7 +359,7 @@ class Config(Section):
         cluster, device, generation = self.cluster, self.policy.device, self.generation
         if cluster.address and not (self.catalog.startswith("postgresql") and self.objects):
             raise ValueError(
-                f"cluster.address = {cluster.address!r} with catalog = {self.catalog!r} and objects = {self.objects!r}: "
+                f"cluster.address = {cluster.address!r} with catalog = {self.catalog!r}, objects = {self.objects!r}: "
                 "several machines write, so keep the catalog in Postgres and the files in a bucket, or leave the "
                 "address out for a Ray of this machine alone"
             )

@@ -3,8 +3,8 @@
     shards of the step  =  shards of its parts, one after another
 
 A shard has the same key and the same content wherever it is made, so a part may run twice, here or elsewhere: whichever
-commits first has made the shard, and counts once. A part is asked for as one JSON text, and works under the lease of the
-process that asks: once that is overtaken, its parts commit nothing.
+commits first has made the shard, and counts once. A part is asked for as one JSON text, and works under the lease of
+the process that asks: once that is overtaken, its parts commit nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +27,7 @@ from flows.progress import Reporter
 from stores.entries import Lease
 from stores.errors import Conflict
 
-STEPS = {"collect": collecting.collect, "featurize": gradients.featurize}
+STEPS: dict[str, Callable[..., list[str]]] = {"collect": collecting.collect, "featurize": gradients.featurize}
 """Steps whose prompts can be cut."""
 
 
@@ -120,8 +120,8 @@ def _make(desk: Desk, asked: Mapping[str, Any]) -> list[str]:
     found = list(plan(desk, step, arguments))
     if found != wanted:
         raise ValueError(
-            f"{step} would make {found[:1]} here, and {wanted[:1]} was asked for: install the same versions of Influent "
-            "and of the verifiers' packages on every machine, and give checkpoints by the same path or name"
+            f"{step} would make {found[:1]} here, and {wanted[:1]} was asked for: install the same versions of "
+            "Influent and of the verifiers' packages on every machine, and give checkpoints by the same path or name"
         )
     # the groups of whoever is still at work on the same shards are not ours to read or to cut
     desk.store.spool = Spool(desk.store.objects.temporary() if asked["again"] else desk.store.root)

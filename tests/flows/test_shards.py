@@ -66,7 +66,9 @@ def test_parts_make_the_shards_of_the_step(desk: Desk):
     made = in_parts(desk, "featurize", arguments, 2)
     assert made == gradients.featurize(desk, start, uids, some, "pool") and len(made) == 4
     covered = [uid for key in made for uid in desk.store.gradients.read(key)[0]]
-    assert set(covered) <= {uid for key in some for uid in desk.store.trajectories.read([key], ["prompt_uid"])["prompt_uid"]}
+    assert set(covered) <= {
+        uid for key in some for uid in desk.store.trajectories.read([key], ["prompt_uid"])["prompt_uid"]
+    }
 
 
 def test_a_part_made_twice_counts_once(desk: Desk):

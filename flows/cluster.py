@@ -46,7 +46,7 @@ def runner(config: Config) -> Any:
         return None
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    options = {"address": settings.address} if settings.address else _here()  # before Ray is imported, which reads them
+    options = {"address": settings.address} if settings.address else _here()
     try:
         from prefect_ray import RayTaskRunner
     except ImportError as error:
@@ -57,8 +57,7 @@ def runner(config: Config) -> Any:
 
 def _here() -> dict[str, Any]:
     """Return the options of a Ray of this machine alone, for this process and its children."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")  # some of its ports are open to the network
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # some of its ports are open to the network
     return {
         "address": "local",
         "_node_ip_address": "127.0.0.1",

@@ -11,7 +11,9 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from statistics import median
 from typing import Any
@@ -20,39 +22,72 @@ from urllib.parse import urlsplit
 from flows import shards
 from flows.config import Config
 from flows.desk import Desk
-from stores.errors import Conflict, Damaged, Fenced, Missing, StoreError
+from flows.server import QUIET
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 OBJECT_STORE = 100_000_000  # bytes of shared memory that a Ray of this machine takes: parts are asked for by key
-RETRIES = 2  # of a part, after an outage of the catalog or the bucket
-PAUSE = 10.0  # seconds before each
 LATE = 4.0  # times the median of the parts that have ended: nothing ends for so long, and what is left starts again
 LATE_LEAST = 60.0  # seconds; a worker takes some to start
 
+Submit = Callable[[str], Any]
 
-def runner(config: Config) -> Any:
-    """Return the task runner of the settings for Prefect's ``flow``; None where the steps run in this process.
+
+def spread(config: Config, name: str, step: Callable[..., Any], trying: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return a step that has its shards made on the cluster of the settings; the step itself where that cannot be.
+
+    Args:
+        config: the settings.
+        name: of the step.
+        step: with its desk bound as the first argument.
+        trying: options of a Prefect task, for each part: how often it is tried again, and after what.
+    """
+    if not config.cluster.runner or name not in shards.STEPS or not isinstance(step, partial):
+        return step
+    desk: Desk = step.args[0]
+
+    def call(*args: Any, **kwargs: Any) -> list[str]:
+        arguments = shards.arguments_of(name, desk, *args, **kwargs)
+        wanted = shards.plan(desk, name, arguments)
+        missing = [key for key in wanted if not desk.store.done(key)]
+        parts = [{key: wanted[key] for key in keys} for keys in shards.cut(missing, config.cluster.parts)]
+        if parts:
+            connect(config)
+            total = sum(map(len, wanted.values()))
+            label = f"{name} on {config.cluster.runner}, {len(parts)} part{'s' * (len(parts) > 1)}"
+            with desk.reporter.bar(label, total) as advance, _submitting(config, name, trying) as submit:
+                advance(total - sum(len(uids) for part in parts for uids in part.values()))
+                _make(parts, partial(shards.request, desk, name, arguments), submit, advance)
+        return list(wanted)
+
+    return call
+
+
+def connect(config: Config, **options: Any) -> None:
+    """Connect this process to the Ray of the settings until it ends; one of this machine alone is started for it.
+
+    Args:
+        config: the settings.
+        options: for ``ray.init``, beside those of the settings.
 
     Raises:
-        ValueError: the extra is not installed.
+        ValueError: the extra is not installed, or workers could not reach the Prefect server.
+        OSError: no cluster answers at the address.
     """
-    settings = config.cluster
-    if not settings.runner:
-        return None
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    options = {"address": settings.address} if settings.address else _here()
     try:
-        from prefect_ray import RayTaskRunner
+        import prefect_ray  # noqa: F401
+        import ray
     except ImportError as error:
         raise ValueError("cluster.runner = 'ray' needs what this lacks: pip install 'influent[ray]'") from error
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": QUIET}}
-    return RayTaskRunner(init_kwargs=options | quiet)
+    if not ray.is_initialized():
+        address = config.cluster.address
+        place = {"address": address} if address else _here()
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": QUIET}}
+        try:
+            ray.init(**place, **quiet, **options)
+        except (ConnectionError, ray.exceptions.RaySystemError) as error:
+            raise OSError(f"cluster.address = {address!r}: {error}; start the cluster, or mend the address") from error
+    _check_that_prefect_is_reachable(ray)
 
 
 def _here() -> dict[str, Any]:
@@ -66,66 +101,49 @@ def _here() -> dict[str, Any]:
     }
 
 
-def spread(config: Config, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a step that has its shards made on the cluster of the settings; the step itself where that cannot be.
-
-    Args:
-        config: the settings.
-        name: of the step.
-        step: with its desk bound as the first argument, to be called inside a flow that has ``runner``.
-    """
-    if not config.cluster.runner or name not in shards.STEPS or not isinstance(step, partial):
-        return step
-    desk: Desk = step.args[0]
-
-    def call(*args: Any, **kwargs: Any) -> list[str]:
-        arguments = shards.arguments_of(name, desk, *args, **kwargs)
-        wanted = shards.plan(desk, name, arguments)
-        missing = [key for key in wanted if not desk.store.done(key)]
-        parts = [{key: wanted[key] for key in keys} for keys in shards.cut(missing, config.cluster.parts)]
-        if parts:
-            _check_that_prefect_is_reachable()
-            total = sum(map(len, wanted.values()))
-            with desk.reporter.bar(f"{name} on {config.cluster.runner}, {len(parts)} parts", total) as advance:
-                advance(total - sum(len(uids) for part in parts for uids in part.values()))
-                ask = partial(shards.request, desk, name, arguments)
-                _make(parts, ask, _submit(config, name), advance)
-        return list(wanted)
-
-    return call
+def _check_that_prefect_is_reachable(ray: Any) -> None:
+    url = os.environ.get("PREFECT_API_URL", "")
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(machines) > 1 and urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
+        raise ValueError(
+            f"PREFECT_API_URL = {url!r} is not seen from the {len(machines)} machines of the cluster: start a server "
+            "that they reach, and give its address"
+        )
 
 
-def _submit(config: Config, name: str) -> Callable[[str], Any]:
-    from prefect import task
-    from prefect.cache_policies import NO_CACHE
+@contextmanager
+def _submitting(config: Config, name: str, trying: Mapping[str, Any]) -> Iterator[Submit]:
+    """Give what hands a request to a worker, as a task of the flow, and returns its future."""
+    from prefect import flow, task
+    from prefect.context import FlowRunContext, TaskRunContext
+    from prefect_ray import RayTaskRunner
     from prefect_ray.context import remote_options
 
-    part = task(
-        name=f"{name}, a part",
-        cache_policy=NO_CACHE,
-        persist_result=False,
-        retries=RETRIES,
-        retry_delay_seconds=PAUSE,
-        retry_condition_fn=_is_an_outage,
-    )(shards.work)
+    part = task(name=f"{name}, a part", **trying)(shards.work)
+    around = FlowRunContext.get()
+    if around is not None:  # what surrounds a task goes with it to the worker, and the run's own flow holds a desk
+        around = around.model_copy(update={"flow": flow(_elsewhere), "parameters": {}})
 
-    def submit(request: str) -> Any:
+    def bare(request: str) -> Any:
+        TaskRunContext.__var__.set(None)  # type: ignore[arg-type]
         with remote_options(num_cpus=config.policy.threads or 1, num_gpus=config.cluster.gpus):
-            return part.submit(request)
+            if around is None:
+                return runner.submit(part, {"text": request})
+            with around:
+                return runner.submit(part, {"text": request})
 
-    return submit
+    with RayTaskRunner() as runner:
+        yield lambda request: copy_context().run(bare, request)
 
 
-def _is_an_outage(task: Any, run: Any, state: Any) -> bool:
-    """Whether another attempt may go better: the disk, the network or a server failed, not the work."""
-    error = state.result(raise_on_failure=False)
-    return isinstance(error, OSError | StoreError) and not isinstance(error, Conflict | Damaged | Fenced | Missing)
+def _elsewhere() -> None:
+    """Stand in for the flow that a part belongs to."""
 
 
 def _make(
     parts: Sequence[Mapping[str, Sequence[str]]],
     ask: Callable[..., str],
-    submit: Callable[[str], Any],
+    submit: Submit,
     advance: Callable[[int], None],
 ) -> None:
     """Have every part made; one that is late is started once more, and what is then left over is stopped."""
@@ -179,15 +197,3 @@ def _outcome(future: Any, *, last_hope: bool) -> dict[str, Any] | None:
         if last_hope:
             raise
     return None
-
-
-def _check_that_prefect_is_reachable() -> None:
-    import ray
-
-    url = os.environ.get("PREFECT_API_URL", "")
-    elsewhere = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if len(elsewhere) > 1 and urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1"):
-        raise ValueError(
-            f"PREFECT_API_URL = {url!r} is not seen from the {len(elsewhere)} machines of the cluster: start a server "
-            "that they reach, and give its address"
-        )

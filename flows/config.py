@@ -186,6 +186,12 @@ class Select(Section):
     candidates: float = Field(1.0, gt=0, le=1)  # of the pool, at most, that get a gradient
 
 
+class Release(Section):
+    """``[release]``: ``approval`` lets each selected stage wait until a person has approved it."""
+
+    approval: bool = False
+
+
 class Insight(Section):
     """``[insight]``: the weight of difficulty, in the prior and inside a stage; candidates a batch slot, inside one."""
 
@@ -271,6 +277,7 @@ class Config(Section):
     controls: bool = True  # train the random control, and the random run of equal total rollouts, beside the curriculum
     catalog: str = ""  # database URL; empty: SQLite in the run's store
     objects: str = ""  # bucket URL, such as s3://bucket/influent; empty: files in the run's store
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()  # trackers that get the metrics
     policy: Policy
     prompts: Prompts
     sampling: Sampling = Sampling()
@@ -280,6 +287,7 @@ class Config(Section):
     beliefs: Beliefs = Beliefs()
     features: Features = Features()
     select: Select = Select()
+    release: Release = Release()
     insight: Insight = Insight()
     diem: Diem = Diem()
     train: Train = Train()

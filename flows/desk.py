@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.config import Config
 from flows.engines import Engines
 from flows.progress import Advance, Reporter
+from flows.windows import Windows
 from pipeline.records import keyed_seed
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     from pipeline.rewards import VerifierPool
     from stores.store import Store
 
+Report = Callable[[str, int, tuple[int, str, str]], None]
+"""Takes the name of an arm, the number of a stage, and (step, policy, evaluation) of its newest checkpoint."""
+
 
 class Desk:
     """The run's settings and open resources.
@@ -27,15 +32,25 @@ class Desk:
         config: the settings, with the seed of this run.
         folder: the run directory.
         store: where artifacts are kept.
-        verifiers: scores completions.
+        verifiers: scores completions; None where nothing is sampled.
         reporter: shows progress.
+        windows: what others see of the run, and what they decide.
     """
 
-    def __init__(self, config: Config, folder: Path, store: Store, verifiers: VerifierPool, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        store: Store,
+        verifiers: VerifierPool | None,
+        reporter: Reporter,
+        windows: Windows | None = None,
+    ) -> None:
         self.config, self.folder, self.store = config, folder, store
-        self.verifiers, self.reporter = verifiers, reporter
+        self._verifiers, self.reporter, self.windows = verifiers, reporter, windows or Windows()
         self.engines = Engines(self)
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
+        self.report: Report = lambda arm, stage, checkpoint: None  # to the trackers of ``report_to``
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
         self._held: tuple[str, Policy, Any] | None = None
@@ -62,6 +77,17 @@ class Desk:
     def hold(self, key: str, policy: Policy, optimizer: Any) -> None:
         """Keep a policy in memory under the key that it was stored by."""
         self._held = (key, policy, optimizer)
+
+    @property
+    def verifiers(self) -> VerifierPool:
+        """What scores completions."""
+        assert self._verifiers is not None, "this desk samples nothing"
+        return self._verifiers
+
+    def rest(self) -> None:
+        """Give memory back, an accelerator's too, before a wait of hours; what is needed again is loaded again."""
+        self._held = None
+        self.engines.close()
 
     def prompts(self, data: str, split: str) -> Prompts:
         """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""

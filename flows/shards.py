@@ -13,18 +13,14 @@ import inspect
 import json
 import os
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from flows import collecting, gradients
-from flows.config import Config, to_toml
 from flows.desk import Desk
+from flows.lent import borrow, lend
 from flows.progress import Reporter
-from stores.entries import Lease
 from stores.errors import Conflict
 
 STEPS: dict[str, Callable[..., list[str]]] = {"collect": collecting.collect, "featurize": gradients.featurize}
@@ -70,14 +66,9 @@ def request(
         shards: what is wanted of ``plan``: prompts by key. All but the last that the plan has are of full size.
         again: whether somebody else may still be at work on the same part.
     """
-    lease = desk.store.lease
     return json.dumps(
-        {
-            "settings": to_toml(desk.config),
-            "folder": str(desk.folder.absolute()),
-            "current": str(Path.cwd()),
-            "lease": asdict(lease) if lease else None,
-            "origin": desk.store.origin,
+        lend(desk)
+        | {
             "step": step,
             "arguments": dict(arguments) | {"uids": [uid for uids in shards.values() for uid in uids]},
             "keys": list(shards),
@@ -143,32 +134,9 @@ def _desk_for(asked: Mapping[str, Any]) -> Desk:
     run = tuple(json.dumps(asked[name]) for name in ("settings", "folder", "lease"))
     if _kept is None or _kept[0] != run:
         _leave()
-        _kept = (run, *_open(asked))
+        stack = ExitStack()
+        _kept = run, stack.enter_context(borrow(asked, Reporter(quiet=True))), stack
     return _kept[1]
-
-
-def _open(asked: Mapping[str, Any]) -> tuple[Desk, ExitStack]:
-    import torch
-
-    from pipeline.rewards import VerifierPool
-    from stores import open_store
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if Path(asked["current"]).is_dir():  # settings may name places from where the run was started
-        os.chdir(asked["current"])
-    config, folder = Config.model_validate(tomllib.loads(asked["settings"])), Path(asked["folder"])
-    if config.policy.threads:
-        torch.set_num_threads(config.policy.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        store = open_store(folder / "store", config.catalog or None, config.objects or None)
-        store.lease = Lease(**asked["lease"]) if asked["lease"] else None
-        store.origin = asked["origin"]
-        verifiers = stack.enter_context(VerifierPool(config.verifiers.processes, config.verifiers.timeout))
-        desk = Desk(config, folder, store, verifiers, Reporter(quiet=True))
-        stack.callback(desk.engines.close)
-        return desk, stack.pop_all()
-    raise AssertionError("not reached")
 
 
 def _leave() -> None:

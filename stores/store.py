@@ -106,13 +106,18 @@ class Store:
         return Leases(self.catalog.database)
 
     @contextmanager
-    def hold(self, name: str, seconds: float = 60.0) -> Iterator[Lease]:
+    def hold(self, name: str, seconds: float = 60.0, *, patience: float = 0.0) -> Iterator[Lease]:
         """Hold a lease while the block runs: what this store commits meanwhile is refused once somebody took it over.
+
+        Args:
+            name: What is leased.
+            seconds: How long the lease outlives a holder that died.
+            patience: Seconds to wait for a holder that goes on.
 
         Raises:
             Fenced: somebody else holds it, and goes on.
         """
-        with self.leases.hold(name, seconds) as lease:
+        with self.leases.hold(name, seconds, patience=patience) as lease:
             before, self.lease = self.lease, lease
             try:
                 yield lease

@@ -14,15 +14,18 @@ import numpy as np
 import psutil
 import pytest
 
-from flows import cluster, orchestration, prepare
+from flows import cluster, prepare, shards
 from flows.collecting import collect
 from flows.config import Config
-from flows.curriculum import Do
 from flows.desk import Desk
+from flows.do import Do
 from flows.gradients import featurize
+from flows.orchestration import SILENT, tasks
 from flows.progress import Reporter
 from flows.run import open_desk
-from stores import Damaged, Fenced, StoreError, open_store
+from flows.server import quieten
+from flows.server import server as temporary
+from stores import Fenced, open_store
 from stores.verification import verify
 from tests.flows.tiny import configure
 
@@ -44,9 +47,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("PREFECT_")]:
             patch.delenv(name)
-        for name, value in {**orchestration.QUIET, "PREFECT_HOME": str(home)}.items():
+        for name, value in SILENT.items():
             patch.setenv(name, value)
-        with orchestration._temporary_server(home) as url:
+        quieten(home)
+        with temporary(home) as url:
             patch.setenv("PREFECT_API_URL", url)
             yield
 
@@ -66,12 +70,10 @@ def shared(postgres: Callable[[], str], bucket: Callable[[], str]) -> dict[str, 
 @pytest.fixture(scope="module")
 def ray(config: Config, server: None, shared: dict[str, str]) -> Iterator[None]:
     """A Ray of two processors, started as ``influent run`` does; its workers have the environment of this process."""
-    options = cluster.runner(config).init_kwargs
-
+    cluster.connect(config, num_cpus=2)
+    yield
     import ray
 
-    ray.init(**options, num_cpus=2)
-    yield
     ray.shutdown()
 
 
@@ -97,9 +99,9 @@ def flow(config: Config, ray: None) -> Callable[[Path, Job], Any]:
 
         def steps() -> Any:
             with open_desk(config, folder, Reporter(quiet=True)) as desk:
-                return job(Do(desk, lambda name, step: cluster.spread(config, name, step)))
+                return job(Do(desk, tasks(config)))
 
-        return prefect.flow(steps, task_runner=cluster.runner(config), persist_result=False)()
+        return prefect.flow(steps, persist_result=False)()
 
     return flow
 
@@ -209,13 +211,13 @@ def test_collecting_draws_the_same_tokens(flow: Any, alone: Any, tmp_path: Path)
 def test_what_is_done_is_not_asked_for(flow: Any, alone: Any, tmp_path: Path, monkeypatch: Any):
     """Of a step that was half done, the other half alone goes to the workers; of one that is done, nothing does."""
     folder, rollouts, expected = alone
-    asked, submit = [], cluster._submit
+    asked, request = [], shards.request
 
-    def counted(config: Config, name: str) -> Callable[[str], Any]:
-        hand = submit(config, name)
-        return lambda request: asked.append(name) or hand(request)
+    def counted(desk: Desk, step: str, *args: Any, **kwargs: Any) -> str:
+        asked.append(step)
+        return request(desk, step, *args, **kwargs)
 
-    monkeypatch.setattr(cluster, "_submit", counted)
+    monkeypatch.setattr(shards, "request", counted)
 
     def job(do: Do) -> Any:
         start = do("start_policy")
@@ -259,20 +261,3 @@ def test_workers_share_a_catalog_in_postgres_and_a_bucket(
     store = open_store(tmp_path / "other", **{f"{name}_url": url for name, url in shared.items()})
     assert all(not verdict.wrong for verdict in verify(store))
     assert len(store.trajectories.read(rollouts, ["prompt_uid"])["prompt_uid"]) == 24 * 4
-
-
-@pytest.mark.parametrize(
-    ("error", "again"),
-    [
-        (StoreError("no connection"), True),
-        (OSError("disk full"), True),
-        (Fenced("taken over"), False),
-        (Damaged("bit"), False),
-        (ValueError("a setting"), False),
-    ],
-)
-def test_outages_alone_are_tried_again(error: Exception, again: bool):
-    """What the disk, the network or a server did may go better; a mistake, damage or a lost lease does not."""
-    from prefect.states import Failed
-
-    assert cluster._is_an_outage(None, None, Failed(data=error)) is again

@@ -10,7 +10,7 @@ import pytest
 
 from flows.cli import main
 from flows.config import Config, to_toml
-from flows.curriculum import STEPS
+from flows.do import STEPS
 from flows.progress import Reporter
 from flows.run import open_desk
 from flows.validity import FILE, measure, newest, stored

@@ -52,6 +52,11 @@ def dispatch(arguments: argparse.Namespace) -> Result:
 
 def _run(arguments: argparse.Namespace, config: Config, folder: Path, reporter: Reporter) -> Result:
     seeds = list(range(config.seed, config.seed + getattr(arguments, "seeds", 1)))
+    if config.cluster.runner and getattr(arguments, "no_prefect", False):
+        raise ValueError(
+            f"--no-prefect with cluster.runner = {config.cluster.runner!r}: Prefect is what hands the parts to the "
+            "cluster; leave out the one or the other"
+        )
     if arguments.command == "run" and not arguments.no_prefect:
         from flows.orchestration import run_as_flow
 

@@ -245,6 +245,32 @@ class Evaluate(Section):
     limit: int = Field(0, ge=0)  # prompts of each set, 0: all
 
 
+class Cluster(Section):
+    """``[cluster]``: where ``influent run`` collects and featurizes, in parts of whole shards; empty: in this process.
+
+    ``address`` is that of a Ray cluster, ``auto`` or ``ray://host:10001``; empty is a Ray of this machine alone, which
+    is started for the run. A part has ``gpus`` accelerators and ``policy.threads`` processors to itself, one if that is
+    0, and each step has at most ``parts``: enough that no worker waits long for the last of them, few enough that what
+    a part loads anew does not count.
+    """
+
+    runner: Literal["", "ray"] = ""
+    address: str = ""
+    gpus: float = Field(0.0, ge=0)  # a part; a fraction shares one accelerator between parts
+    parts: int = Field(64, ge=1, le=1000)  # a step; thousands of tasks are more than Prefect likes to keep track of
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        changed = [n for n in ("address", "gpus", "parts") if getattr(self, n) != type(self).model_fields[n].default]
+        if changed and not self.runner:
+            raise ValueError(
+                f"{changed[0]} = {getattr(self, changed[0])!r} without a runner: set runner = 'ray', or leave it out"
+            )
+        if self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"gpus = {self.gpus:g}: above 1, a part has whole accelerators; give a whole number")
+        return self
+
+
 STEPS = frozenset(
     {"start_policy", "prompts", "collect", "import_rollouts", "rescore", "refresh", "featurize", "score"}
     | {"score_directional", "score_full", "select", "shuffle", "train", "evaluate"}
@@ -276,6 +302,7 @@ class Config(Section):
     diem: Diem = Diem()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
 
     @field_validator("catalog", "objects")
     @classmethod
@@ -356,7 +383,38 @@ class Config(Section):
             raise ValueError("policy.chat_template is only used with policy.chat = true; set that, or leave it out")
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")
+        if self.cluster.runner:
+            self._fit_for_a_cluster()
         return self
+
+    def _fit_for_a_cluster(self) -> None:
+        cluster, device, generation = self.cluster, self.policy.device, self.generation
+        if cluster.address and not (self.catalog.startswith("postgresql") and self.objects):
+            raise ValueError(
+                f"cluster.address = {cluster.address!r} with catalog = {self.catalog!r}, objects = {self.objects!r}: "
+                "several machines write, so keep the catalog in Postgres and the files in a bucket, or leave the "
+                "address out for a Ray of this machine alone"
+            )
+        if (device == "cpu") != (cluster.gpus == 0):
+            raise ValueError(
+                f"cluster.gpus = {cluster.gpus:g} with policy.device = {device!r}: a part gets accelerators where the "
+                "policy is on one, and only then; give cluster.gpus = 1, or policy.device = 'cpu'"
+            )
+        if ":" in device:
+            raise ValueError(
+                f"policy.device = {device!r} with cluster.runner = {cluster.runner!r}: Ray says which accelerators a "
+                f"part has; use policy.device = {device.split(':')[0]!r}"
+            )
+        if generation.distributed_backend == "ray":
+            raise ValueError(
+                "generation.distributed_backend = 'ray' with cluster.runner = 'ray': an engine inside a Ray task would "
+                "wait for accelerators that the task itself holds; use distributed_backend = 'mp', or leave it out"
+            )
+        if generation.tensor_parallel_size > max(1, cluster.gpus):
+            raise ValueError(
+                f"generation.tensor_parallel_size = {generation.tensor_parallel_size} with cluster.gpus = "
+                f"{cluster.gpus:g}: a part samples with its own accelerators; give it as many"
+            )
 
 
 def load_config(path: str | Path) -> Config:

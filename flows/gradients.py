@@ -99,21 +99,19 @@ def featurize(
     """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
     from pipeline.features import sketch_gradients
 
-    settings, size, keys = desk.config.features, desk.config.evidence.shard, []
+    settings = desk.config.features
     stored = evidence.read_rollouts_of(desk, rollouts, uids)
     groups = stored.groups()
-    shards = [list(groups)[start : start + size] for start in range(0, len(groups), size)]
     if settings.ranks > 1:
         from flows import ranks
 
-        return ranks.featurize(desk, policy, shards, rollouts, label, name=name)
+        return ranks.featurize(desk, policy, list(groups), rollouts, label, name=name)
     loaded = desk.load(policy)
     where = space(desk, loaded, name)
     metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
+    shards = shards_of(desk, policy, list(groups), rollouts, where)
     with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
-        for shard in shards:
-            key = generation_key(desk, policy, where, shard, rollouts)
-            keys.append(key)
+        for key, shard in shards.items():
             if not desk.store.done(key):
                 part, watched = stored.take([i for uid in shard for i in groups[uid]]), Watched()
                 found, rows = sketch_gradients(
@@ -128,7 +126,18 @@ def featurize(
                 )
                 write_generation(desk, key, policy, where, found, rows, watched if name == "features" else None)
             advance(len(shard))
-    return keys
+    return list(shards)
+
+
+def shards_of(
+    desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], where: Space
+) -> dict[str, list[str]]:
+    """Return the generations that prompts with stored rollouts make, and the prompts of each, in their order."""
+    size, shards = desk.config.evidence.shard, {}
+    for start in range(0, len(uids), size):
+        shard = list(uids[start : start + size])
+        shards[generation_key(desk, policy, where, shard, rollouts)] = shard
+    return shards
 
 
 def generation_key(desk: Desk, policy: str, where: Space, shard: Sequence[str], rollouts: Sequence[str]) -> str:

@@ -64,24 +64,28 @@ def tasks(config: Config) -> Wrap:
     from prefect.cache_policies import NO_CACHE
     from prefect.concurrency.sync import concurrency
 
+    from flows.cluster import spread
+
+    trying: dict[str, Any] = {
+        "cache_policy": NO_CACHE,
+        "persist_result": False,
+        "retries": len(WAITS),
+        "retry_delay_seconds": list(WAITS),
+        "retry_jitter_factor": 0.3,
+        "retry_condition_fn": _may_pass,
+    }
+
     def wrap(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if name == "release":  # a flow can be suspended, a task cannot
             return step
         limited = name in COMPUTES and config.policy.device != "cpu"
+        placed = spread(config, name, step, trying)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with concurrency(GPU) if limited else nullcontext():
-                return step(*args, **kwargs)
+                return placed(*args, **kwargs)
 
-        return task(
-            name=name,
-            cache_policy=NO_CACHE,
-            persist_result=False,
-            retries=len(WAITS),
-            retry_delay_seconds=list(WAITS),
-            retry_jitter_factor=0.3,
-            retry_condition_fn=_may_pass,
-        )(call)
+        return task(name=name, **trying)(call)
 
     return wrap
 

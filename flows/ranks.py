@@ -35,7 +35,7 @@ LAST = 12  # lines of a dead process's log that an error shows
 
 
 def featurize(
-    desk: Desk, policy: str, shards: Sequence[Sequence[str]], rollouts: Sequence[str], label: str, *, name: str
+    desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str, *, name: str
 ) -> list[str]:
     """Have processes make the features of the shards that the store lacks, and return the keys of all shards.
 
@@ -43,9 +43,9 @@ def featurize(
         ChildProcessError: a process died; the message says which, and shows the last lines of its log.
     """
     where = gradients.space(desk, desk.outline(policy), name)
-    keys = {gradients.generation_key(desk, policy, where, shard, rollouts): list(shard) for shard in shards}
+    keys = gradients.shards_of(desk, policy, uids, rollouts, where)
     missing = {key: shard for key, shard in keys.items() if not desk.store.done(key)}
-    with desk.reporter.bar(f"gradients, {label}", sum(map(len, shards))) as advance:
+    with desk.reporter.bar(f"gradients, {label}", len(uids)) as advance:
         advance(sum(len(shard) for key, shard in keys.items() if key not in missing))
         if missing:
             desk.let_go()

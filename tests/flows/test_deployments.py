@@ -20,7 +20,11 @@ from tests.servers import Prefect
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "flows" / "prefect.yaml"
-SECRETS = {"OPENAI_API_KEY": "sk-do-not-tell-1", "PGPASSWORD": "do-not-tell-2", "AWS_SECRET_ACCESS_KEY": "do-not-tell-3"}
+SECRETS = {
+    "OPENAI_API_KEY": "sk-do-not-tell-1",
+    "PGPASSWORD": "do-not-tell-2",
+    "AWS_SECRET_ACCESS_KEY": "do-not-tell-3",
+}
 GATE = """
 import json, sys
 from flows.config import load_config
@@ -185,7 +189,9 @@ def _check_windows(prefect: Prefect, folder: Path, summary: dict[str, Any]) -> N
     rows = json.loads(by_key["demo-seed-20-stage-02-prompts"]["data"])
     assert 0 < len(rows) <= 100 and rows[0]["rank"] == 0 and not {"prompt", "completion"} & rows[0].keys()
     assert {"progress"} <= {a["type"] for a in artifacts}
-    events = prefect.ask("POST", "/events/filter", {"filter": {"event": {"prefix": ["influent.", "prefect.asset.mat"]}}})
+    events = prefect.ask(
+        "POST", "/events/filter", {"filter": {"event": {"prefix": ["influent.", "prefect.asset.mat"]}}}
+    )
     names = [event["event"] for event in events["events"]]
     assert names.count("influent.selection.released") == names.count("influent.stage.finished") == 3
     assert names.count("prefect.asset.materialization.succeeded") == 3

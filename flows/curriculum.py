@@ -134,7 +134,7 @@ def run_curriculum(do: Do, data: str, start: str) -> Arm:
             stage = _select(do, arm, data, policy, number, length)
         else:
             desk.reporter.line("  no stored rollouts yet: this stage trains on a shuffle, and is the collection")
-            budget = min(length * config.train.batch, len(desk.prompts(data, "pool")))
+            budget = min(length * config.train.batch, len(desk.pool(data)))
             stage = Stage(
                 number, do("shuffle", data, [], number, budget=budget, seed=desk.seed("shuffle", number)), length
             )
@@ -242,7 +242,7 @@ def _random(do: Do, data: str, start: str, rollouts: int) -> Arm:
     length = math.ceil(rollouts / (train.batch * train.rollouts))
     do.desk.reporter.heading(f"random: {length} steps on a shuffle, as many rollouts in all")
     arm = _begin(do, "random", data, start)
-    size = len(do.desk.prompts(data, "pool"))
+    size = len(do.desk.pool(data))
     before = dict(do.seconds)
     stage = Stage(0, do("shuffle", data, [], 0, budget=size, seed=do.desk.seed("shuffle", 0)), length)
     _train(do, arm, stage, data, start, length, "shuffle")

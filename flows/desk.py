@@ -13,6 +13,8 @@ from flows.progress import Advance, Reporter
 from pipeline.records import keyed_seed
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from pipeline.features import Projection
     from pipeline.policy import Policy
     from pipeline.records import Prompts
@@ -38,6 +40,7 @@ class Desk:
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._tables: dict[str, dict[str, list[Any]]] = {}
+        self._pools: dict[str, tuple[pa.Array, pa.Array, pa.Array]] = {}
         self._held: tuple[str, Policy, Any] | None = None
         self.projections: dict[str, Projection] = {}  # by the name of their space
 
@@ -84,11 +87,28 @@ class Desk:
             self._tables[data] = self.store.tables.read(data)
         return self._tables[data]
 
-    def excluded(self, data: str) -> dict[str, str]:
-        """Return the reason of each prompt of the pool that was left out when it was read."""
-        columns = self.table(data)
-        rows = zip(columns["prompt_uid"], columns["split"], columns["reason"], strict=True)
-        return {uid: reason for uid, split, reason in rows if split == "pool" and reason}
+    def pool(self, data: str) -> pa.Array:
+        """Return the prompt_uids of the eligible pool, in its order, as a column of strings."""
+        return self._pool(data)[0]
+
+    def excluded(self, data: str) -> tuple[pa.Array, pa.Array]:
+        """Return the prompts of the pool that were left out when it was read, and the reason of each."""
+        return self._pool(data)[1:]
+
+    def _pool(self, data: str) -> tuple[pa.Array, pa.Array, pa.Array]:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if data not in self._pools:
+            parts = []
+            for table in self.store.tables.scan(data, ["prompt_uid", "split", "reason"]):
+                parts.append(table.filter(pc.equal(table["split"], "pool")).select(["prompt_uid", "reason"]))
+            pool = pa.concat_tables(parts).combine_chunks()
+            left_out = pc.not_equal(pool["reason"], "")
+            out = pool.filter(left_out).combine_chunks()
+            eligible = pool["prompt_uid"].filter(pc.invert(left_out)).combine_chunks()
+            self._pools[data] = (eligible, out["prompt_uid"].combine_chunks(), out["reason"].combine_chunks())
+        return self._pools[data]
 
     @property
     def adapter(self) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows import evidence
+from flows import selections
 from flows.arms import Arm, Stage
 from flows.desk import Desk
 
@@ -20,9 +20,7 @@ def export(desk: Desk, data: str, curriculum: Arm, controls: Sequence[str]) -> P
     stages = [_rows(desk, data, stage.selection, curriculum, stage) for stage in curriculum.stages]
     random = [_rows(desk, data, key, curriculum, stage) for key, stage in zip(controls, curriculum.stages, strict=True)]
     with_images(stages + random)
-    tables = [desk.store.curricula.read(stage.selection) for stage in curriculum.stages]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    selection = {name: [v for t in tables for v in t.get(name, [None] * len(t["stage"]))] for name in names}
+    selection = selections.together(desk, [stage.selection for stage in curriculum.stages])
     folder = desk.folder / "export"
     write_bundle(folder, stages, random, selection, _manifest(desk, data, curriculum), _card(desk, curriculum))
     return folder
@@ -41,10 +39,9 @@ def with_images(subsets: Sequence[dict[str, list[Any]]]) -> None:
 
 def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict[str, list[Any]]:
     """Return one exported stage: prompts in rank order, with what was known of each."""
-    pool, table = desk.prompts(data, "pool"), desk.store.curricula.read(selection)
-    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    uids = evidence.chosen(desk, selection)
-    part, at = pool.take(pool.rows_of(uids)), [row[uid] for uid in uids]
+    pool, table = desk.prompts(data, "pool"), selections.stage(desk, selection)
+    uids = table["prompt_uid"]
+    part = pool.take(pool.rows_of(uids))
     policy = arm.start if stage.number == 0 else arm.stages[stage.number - 1].checkpoints[-1][1]
     known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs", "ess", "log_ratio_p99")
     return {
@@ -59,7 +56,7 @@ def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict
         "rank": list(range(len(uids))),
         "weight": [1.0] * len(uids),
         "policy_id": [policy] * len(uids),
-        **{name: [table[name][i] for i in at] for name in known},
+        **{name: table[name] for name in known},
     }
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from flows import evidence, story, validity
+from flows import evidence, selections, story, validity
 from flows.arms import Arm, Stage
 from flows.config import to_toml
 from flows.desk import Desk
@@ -26,7 +26,7 @@ def gather(desk: Desk, data: str, curriculum: Arm) -> dict[str, Any]:
     return {
         "name": desk.config.name,
         "stages": [_stage(desk, data, curriculum, stage) for stage in curriculum.stages],
-        "overlap": overlap([evidence.chosen(desk, stage.selection) for stage in curriculum.stages]).tolist(),
+        "overlap": overlap([selections.chosen(desk, stage.selection) for stage in curriculum.stages]).tolist(),
         "beliefs": {
             "before": _belief(desk, before, pool, "before the first selection"),
             "after": _belief(desk, curriculum.evidence, pool, "after the run"),
@@ -47,14 +47,13 @@ def _evidence_before(desk: Desk, arm: Arm, first: Stage) -> list[str]:
 
 
 def _belief(desk: Desk, keys: Sequence[str], uids: Sequence[str], label: str) -> dict[str, Any]:
-    alpha, beta, history = evidence.beliefs(desk, keys, uids)
-    counts = [sum(s + f for s, f in history.get(uid, ())) for uid in uids]
-    return {"label": label, "mean": (alpha / (alpha + beta)).tolist(), "n_obs": counts}
+    alpha, beta, counts = evidence.beliefs(desk, keys, uids)
+    return {"label": label, "mean": (alpha / (alpha + beta)).tolist(), "n_obs": counts.sum(axis=0).tolist()}
 
 
 def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
     table = desk.store.curricula.read(stage.selection)
-    targets = evidence.targets_of(table)
+    targets = selections.targets_of(table)
     scored = [i for i, value in enumerate(table["score_influence"]) if value is not None]
     best = sorted(scored, key=lambda i: -max(table[name][i] for name in targets))
     return {
@@ -62,7 +61,7 @@ def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
         "drawn": dict(Counter(d for d in table["drawn"] if d)),
         "influence": {name.partition("_")[2]: [table[name][i] for i in scored] for name in targets},
         "reasons": dict(Counter(table["reason"])),
-        "abilities": story.by_ability(desk, data, evidence.chosen(desk, stage.selection)),
+        "abilities": story.by_ability(desk, data, selections.chosen(desk, stage.selection)),
         "best": _examples(desk, data, arm, table, best[:EXAMPLES]),
         "worst": _examples(desk, data, arm, table, best[-EXAMPLES:][::-1]),
     }
@@ -82,7 +81,7 @@ def _examples(
             "ability": pool.ability[p],
             "ground_truth": pool.ground_truth[p],
             "pass_rate": table["pass_rate"][i],
-            "cosines": {n.partition("_")[2]: table[n][i] for n in evidence.targets_of(table)},
+            "cosines": {n.partition("_")[2]: table[n][i] for n in selections.targets_of(table)},
             "completion": text.get(uid),
         }
         for i, uid, p in zip(rows, uids, pool.rows_of(uids), strict=True)

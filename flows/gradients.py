@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from flows import evidence
 from flows.desk import Desk
+from pipeline.columns import texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,15 +100,15 @@ def featurize(
 ) -> list[str]:
     """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
     from pipeline.features import sketch_gradients
+    from pipeline.records import Rollouts
 
     settings, size, keys = desk.config.features, desk.config.evidence.shard, []
-    stored = evidence.read_rollouts_of(desk, rollouts, uids)
-    groups, loaded = stored.groups(), desk.load(policy)
-    where = space(desk, loaded, name)
+    latest, loaded = evidence.latest_of(desk, rollouts, uids), desk.load(policy)
+    held, where = latest.held.tolist(), space(desk, loaded, name)
     metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
-    with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
-        for start in range(0, len(groups), size):
-            shard = list(groups)[start : start + size]
+    with desk.reporter.bar(f"gradients, {label}", len(held)) as advance:
+        for start in range(0, len(held), size):
+            shard = [uids[place] for place in held[start : start + size]]
             key = desk.store.key(
                 "gradients",
                 policy=policy,
@@ -120,7 +122,7 @@ def featurize(
             )
             keys.append(key)
             if not desk.store.done(key):
-                part, watched = stored.take([i for uid in shard for i in groups[uid]]), Watched()
+                part, watched = Rollouts.of(latest.read(held[start : start + size])), Watched()
                 found, rows = sketch_gradients(
                     loaded,
                     part,
@@ -153,10 +155,14 @@ def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[
         means = {name: evidence.mean_target(desk, *target) for name, target in targets.items()}
         aimed = _aimed(desk, {name: bool(mean.any()) for name, mean in means.items()})
         queries = np.array([means[name] for name in aimed])
-        found = [desk.store.gradients.search(generation, queries) for generation in pool] if aimed else []
-        cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
-        columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
-        columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
+        parts, uids = [np.empty((0, len(aimed)), np.float32)], [texts([])]
+        for generation in pool if aimed else ():
+            names, cosines = desk.store.gradients.search(generation, queries)
+            uids.append(texts(names))
+            parts.append(cosines)
+        whole = np.concatenate(parts)
+        columns: dict[str, Any] = {"prompt_uid": pa.concat_arrays(uids)}
+        columns |= {f"cosine_{name}": whole[:, i].astype(float) for i, name in enumerate(aimed)}
         desk.store.tables.write(key, "scores", columns, {"targets": aimed, "pool": list(pool)})
     return key
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows import evidence
+from flows import selections
 from flows.desk import Desk
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
 
 def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
     """Say how many were selected, by ability, by reason, and show the best aligned."""
-    table = desk.store.curricula.read(stage.selection)
-    picked = evidence.chosen(desk, stage.selection)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(table["reason"]).most_common())
-    desk.reporter.line(f"  selected {len(picked)} of {len(table['reason'])} prompts ({reasons})")
+    found = selections.reasons(desk, stage.selection)
+    picked = selections.chosen(desk, stage.selection)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in found.most_common())
+    desk.reporter.line(f"  selected {len(picked)} of {found.total()} prompts ({reasons})")
     families = ", ".join(f"{name} {n}" for name, n in by_ability(desk, data, picked).items())
     desk.reporter.line(f"  of which: {families}")
     if stage.scores:
-        _tell_best(desk, data, table, picked[:3])
+        _tell_best(desk, data, selections.stage(desk, stage.selection))
 
 
 def tell_level(desk: Desk, arm: Arm, stage: Stage) -> None:
@@ -81,13 +81,11 @@ def _diem(metrics: list[dict[str, Any]]) -> str:
     )
 
 
-def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]], uids: Sequence[str]) -> None:
+def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]]) -> None:
     pool = desk.prompts(data, "pool")
-    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    targets = evidence.targets_of(table)
+    targets = selections.targets_of(table)
     lines = []
-    for uid in uids:
-        i, p = row[uid], pool.rows_of([uid])[0]
+    for i, p in enumerate(pool.rows_of(table["prompt_uid"][:3])):
         if table["score_influence"][i] is not None:
             cosines = [f"{table[name][i]:+.2f}" for name in targets]
             lines.append([_excerpt(pool.messages[p]), pool.ability[p], *cosines, f"{table['pass_rate'][i]:.2f}"])

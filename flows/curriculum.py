@@ -108,8 +108,7 @@ def _begin(do: Do, name: str, data: str, start: str) -> Arm:
 
 
 def _splits(do: Do, data: str) -> list[str]:
-    splits = dict.fromkeys(do.desk.table(data)["split"])
-    return [split for split in splits if split != "pool"]
+    return [split for split in do.desk.splits(data) if split != "pool"]
 
 
 def run_curriculum(do: Do, data: str, start: str) -> Arm:

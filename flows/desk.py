@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +25,16 @@ if TYPE_CHECKING:
     from stores.store import Store
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """Who is in a pool: eligible prompts of each split, prompt_uids of the pool, those left out, and why."""
+
+    splits: dict[str, int]
+    eligible: pa.Array
+    out: pa.Array
+    reason: pa.Array
+
+
 class Desk:
     """The run's settings and open resources.
 
@@ -39,8 +52,8 @@ class Desk:
         self.engines = Engines(self)
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
         self._prompts: dict[tuple[str, str], Prompts] = {}
-        self._tables: dict[str, dict[str, list[Any]]] = {}
-        self._pools: dict[str, tuple[pa.Array, pa.Array, pa.Array]] = {}
+        self._picked: tuple[tuple[str, tuple[str, ...]], Prompts] | None = None  # the stage that is trained on
+        self._pools: dict[str, _Pool] = {}
         self._held: tuple[str, Policy, Any] | None = None
         self.projections: dict[str, Projection] = {}  # by the name of their space
 
@@ -68,46 +81,77 @@ class Desk:
 
     def prompts(self, data: str, split: str) -> Prompts:
         """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""
+        if (data, split) not in self._prompts:
+            self._prompts[data, split] = self._read_prompts(data, split)
+        return self._prompts[data, split]
+
+    def of_pool(self, data: str, uids: Sequence[str]) -> Prompts:
+        """Return some prompts of the eligible pool, in the order asked for; the others' texts are not kept.
+
+        Raises:
+            KeyError: a uid is not in the eligible pool; the message names it.
+        """
+        key = (data, tuple(uids))
+        if self._picked is None or self._picked[0] != key:
+            found = (
+                self.prompts(data, "pool")
+                if (data, "pool") in self._prompts
+                else self._read_prompts(data, "pool", uids)
+            )
+            self._picked = (key, found.take(found.rows_of(uids)))
+        return self._picked[1]
+
+    def _read_prompts(self, data: str, split: str, uids: Sequence[str] | None = None) -> Prompts:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
         from pipeline.records import Prompts
 
-        if (data, split) not in self._prompts:
-            columns = self.table(data)
-            pairs = zip(columns["split"], columns["reason"], strict=True)
-            rows = [i for i, (name, reason) in enumerate(pairs) if name == split and not reason]
-            self._prompts[data, split] = Prompts.of(columns).take(rows)
-        return self._prompts[data, split]
+        names, tables = [field.name for field in fields(Prompts)], self.store.tables
+        where = tables.arrow(data, ["prompt_uid", "split", "reason"])
+        ours = pc.and_(pc.equal(where["split"], split), pc.equal(where["reason"], ""))
+        if uids is not None:
+            ours = pc.and_(ours, pc.is_in(where["prompt_uid"], value_set=pa.array(uids, pa.string())))
+        parts, row = [], 0
+        for table in tables.scan(data, names):
+            parts.append(table.filter(ours.slice(row, len(table))))
+            row += len(table)
+        whole = pa.concat_tables(parts)
+        return Prompts.of({name: whole[name].to_pylist() for name in names})
+
+    def splits(self, data: str) -> dict[str, int]:
+        """Return the number of eligible prompts of each split, in the order in which they were read."""
+        return self._pool(data).splits
 
     def validation(self, data: str) -> list[str]:
         """Return the names of the validation sets."""
-        return [split for split in dict.fromkeys(self.table(data)["split"]) if split not in ("pool", "test")]
-
-    def table(self, data: str) -> dict[str, list[Any]]:
-        """Return the columns of every prompt that was read, ``split`` and ``reason`` among them."""
-        if data not in self._tables:
-            self._tables[data] = self.store.tables.read(data)
-        return self._tables[data]
+        return [split for split in self.splits(data) if split not in ("pool", "test")]
 
     def pool(self, data: str) -> pa.Array:
         """Return the prompt_uids of the eligible pool, in its order, as a column of strings."""
-        return self._pool(data)[0]
+        return self._pool(data).eligible
 
     def excluded(self, data: str) -> tuple[pa.Array, pa.Array]:
         """Return the prompts of the pool that were left out when it was read, and the reason of each."""
-        return self._pool(data)[1:]
+        return self._pool(data).out, self._pool(data).reason
 
-    def _pool(self, data: str) -> tuple[pa.Array, pa.Array, pa.Array]:
+    def _pool(self, data: str) -> _Pool:
         import pyarrow as pa
         import pyarrow.compute as pc
 
         if data not in self._pools:
-            parts = []
+            splits, parts = Counter[str](), []
             for table in self.store.tables.scan(data, ["prompt_uid", "split", "reason"]):
+                fit = pc.equal(table["reason"], "")
+                splits.update(dict.fromkeys(table["split"].unique().to_pylist(), 0))
+                for found in pc.value_counts(table["split"].filter(fit)).to_pylist():
+                    splits[found["values"]] += found["counts"]
                 parts.append(table.filter(pc.equal(table["split"], "pool")).select(["prompt_uid", "reason"]))
-            pool = pa.concat_tables(parts).combine_chunks()
-            left_out = pc.not_equal(pool["reason"], "")
-            out = pool.filter(left_out).combine_chunks()
-            eligible = pool["prompt_uid"].filter(pc.invert(left_out)).combine_chunks()
-            self._pools[data] = (eligible, out["prompt_uid"].combine_chunks(), out["reason"].combine_chunks())
+            whole = pa.concat_tables(parts)
+            fit = pc.equal(whole["reason"], "")
+            eligible, out = whole["prompt_uid"].filter(fit), whole.filter(pc.invert(fit))
+            columns = (eligible, out["prompt_uid"], out["reason"])
+            self._pools[data] = _Pool(dict(splits), *(column.combine_chunks() for column in columns))
         return self._pools[data]
 
     @property

@@ -149,9 +149,16 @@ def refuse_images(desk: Desk, data: str, uids: Sequence[str]) -> None:
     """Refuse prompts of the pool with images where the next step samples them or takes their gradients."""
     from pipeline.prompts import refuse_images as refuse
 
-    pool = desk.prompts(data, "pool")
-    for row in pool.rows_of(uids):
-        refuse(pool.messages[row], pool.prompt_uid[row])
+    found = []
+    for table in desk.store.tables.scan(data, ["prompt_uid", "split", "messages"]):
+        spoken = pc.and_(pc.equal(table["split"], "pool"), pc.match_substring(table["messages"], '"image"'))
+        found.append(table.filter(spoken).select(["prompt_uid", "messages"]))
+    suspects = pa.concat_tables(found)
+    for place, row in sorted(
+        zip(places(suspects["prompt_uid"], texts(uids)).tolist(), range(len(suspects)), strict=True)
+    ):
+        if place >= 0:
+            refuse(suspects["messages"][row].as_py(), uids[place])
 
 
 def write_staleness(desk: Desk, key: str, found: Sequence[tuple[Sequence[str], Staleness]]) -> None:

@@ -39,9 +39,9 @@ def with_images(subsets: Sequence[dict[str, list[Any]]]) -> None:
 
 def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict[str, list[Any]]:
     """Return one exported stage: prompts in rank order, with what was known of each."""
-    pool, table = desk.prompts(data, "pool"), selections.stage(desk, selection)
+    table = selections.stage(desk, selection)
     uids = table["prompt_uid"]
-    part = pool.take(pool.rows_of(uids))
+    part = desk.of_pool(data, uids)
     policy = arm.start if stage.number == 0 else arm.stages[stage.number - 1].checkpoints[-1][1]
     known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs", "ess", "log_ratio_p99")
     return {

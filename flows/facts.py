@@ -20,7 +20,7 @@ def gather(desk: Desk, data: str, curriculum: Arm) -> dict[str, Any]:
     """Return the facts that ``pipeline.report.render`` takes, but for the summary of all seeds."""
     from pipeline.curriculum import overlap
 
-    pool = desk.prompts(data, "pool").prompt_uid
+    pool = desk.pool(data)
     scored = [stage for stage in curriculum.stages if stage.scores]
     before = curriculum.evidence if not scored else _evidence_before(desk, curriculum, scored[0])
     return {
@@ -70,31 +70,31 @@ def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
 def _examples(
     desk: Desk, data: str, arm: Arm, table: dict[str, list[Any]], rows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    pool = desk.prompts(data, "pool")
     uids = [table["prompt_uid"][i] for i in rows]
+    shown = desk.of_pool(data, uids)
     stored = evidence.read_rollouts_of(desk, arm.evidence, uids)
     text = dict(zip(stored.prompt_uid, stored.text, strict=True))
     return [
         {
             "prompt_uid": uid,
-            "prompt": "\n".join(plain_text(m["content"]) for m in json.loads(pool.messages[p])),
-            "ability": pool.ability[p],
-            "ground_truth": pool.ground_truth[p],
+            "prompt": "\n".join(plain_text(m["content"]) for m in json.loads(shown.messages[p])),
+            "ability": shown.ability[p],
+            "ground_truth": shown.ground_truth[p],
             "pass_rate": table["pass_rate"][i],
             "cosines": {n.partition("_")[2]: table[n][i] for n in selections.targets_of(table)},
             "completion": text.get(uid),
         }
-        for i, uid, p in zip(rows, uids, pool.rows_of(uids), strict=True)
+        for p, (i, uid) in enumerate(zip(rows, uids, strict=True))
     ]
 
 
 def _diem(desk: Desk, data: str, stage: Stage) -> dict[str, Any] | None:
-    pool = desk.prompts(data, "pool")
-    ability = dict(zip(pool.prompt_uid, pool.ability, strict=True))
     metas = [desk.store.meta(policy) for _, policy, _ in stage.checkpoints]
     metrics = [m for meta in metas for m in meta["metrics"] if "diem_deviation" in m]
     if not metrics:
         return None
+    pool = desk.of_pool(data, list(dict.fromkeys(uid for meta in metas for step in meta["weights"] for uid in step)))
+    ability = dict(zip(pool.prompt_uid, pool.ability, strict=True))
     weights: dict[str, list[float]] = {}
     for meta in metas:
         for step, facts in zip(meta["weights"], meta["metrics"], strict=True):

@@ -20,9 +20,8 @@ def count_rollouts(desk: Desk, keys: Sequence[str]) -> int:
 
 def tell_prompts(desk: Desk, data: str) -> None:
     """Say how many prompts each set has."""
-    columns = desk.table(data)
-    sizes = Counter(split for split, reason in zip(columns["split"], columns["reason"], strict=True) if not reason)
-    desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes.items()))
+    sizes = desk.splits(data).items()
+    desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes if size))
 
 
 def tell_cascade(desk: Desk, cascade: Mapping[str, Any]) -> None:
@@ -36,9 +35,7 @@ def tell_cascade(desk: Desk, cascade: Mapping[str, Any]) -> None:
 
 def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
     """Return the number of prompts of each ability, largest first."""
-    columns = desk.table(data)
-    ability = dict(zip(columns["prompt_uid"], columns["ability"], strict=True))
-    return dict(Counter(ability[uid] for uid in uids).most_common())
+    return dict(Counter(desk.of_pool(data, uids).ability).most_common())
 
 
 def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
@@ -82,13 +79,11 @@ def _diem(metrics: list[dict[str, Any]]) -> str:
 
 
 def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]]) -> None:
-    pool = desk.prompts(data, "pool")
-    targets = selections.targets_of(table)
-    lines = []
-    for i, p in enumerate(pool.rows_of(table["prompt_uid"][:3])):
+    stage, targets, lines = desk.of_pool(data, table["prompt_uid"]), selections.targets_of(table), []
+    for i in range(min(3, len(stage))):
         if table["score_influence"][i] is not None:
             cosines = [f"{table[name][i]:+.2f}" for name in targets]
-            lines.append([_excerpt(pool.messages[p]), pool.ability[p], *cosines, f"{table['pass_rate'][i]:.2f}"])
+            lines.append([_excerpt(stage.messages[i]), stage.ability[i], *cosines, f"{table['pass_rate'][i]:.2f}"])
     names = [name.partition("_")[2] for name in targets]
     desk.reporter.table("  best aligned", ["prompt", "ability", *(f"cos {n}" for n in names), "pass rate"], lines)
 

@@ -39,12 +39,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scale.json"))
     parser.add_argument("--docs", action="store_true", help="write SCALE.md's tables and docs/scale.svg")
     given = parser.parse_args()
-    from tests.benchmarks import scale_page, shards
+    from tests.benchmarks import shards
     from tests.benchmarks.measure import environment
 
     counts = SMALL if given.small else [n for n in PROMPTS if n <= given.largest]
+    made = shards.measure(given.small)
     rows = list(measure(counts, given.dim, given.folder))
-    made = list(shards.measure(given.small))
     result = {
         "small": given.small,
         "dim": given.dim,
@@ -57,7 +57,9 @@ def main() -> None:
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1) + "\n")
     if given.docs:
-        scale_page.write(result)
+        from tests.benchmarks.scale_page import write
+
+        write(result)
 
 
 def measure(counts: list[int] | tuple[int, ...], dim: int, place: Path) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from stores.latest import Latest
 from tests.flows.test_run import Finished, Settle
 
 ROOT = Path(__file__).parents[2]
-BYTES = 700  # of memory a prompt, from scores to a selection that is stored; as lists and dicts it was 2,700
+BYTES = 700  # of memory a prompt, from gradients to a selection that is stored; as lists and dicts it was 1,800
 PEAK = """
 import resource, sys
 from pathlib import Path

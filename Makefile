@@ -1,5 +1,5 @@
 # Each target sets up what it needs, once, in .venv; a second call finds it there.
-.PHONY: help demo demo-lm test torture check bench growth seeds
+.PHONY: help demo demo-lm test torture check bench bench-scale growth seeds
 .DEFAULT_GOAL := help
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -41,6 +41,9 @@ check: $(VENV)/dev $(VENV)/vllm  ## format, lint, types, tests
 
 bench: $(VENV)/bench $(VENV)/vllm  ## time everything against its floor and against peers; table, and runs/benchmarks.json; about half an hour
 	@$(BIN)/python -m tests.benchmarks
+
+bench-scale: $(VENV)/base  ## 1e7 made-up prompts through score and select; time, memory, disk by size; runs/scale.json; a quarter of an hour, 11 GB
+	@$(BIN)/python -m tests.benchmarks.scale
 
 growth: $(VENV)/bench  ## how time grows with prompts and coordinates; runs/growth.json; about an hour
 	@$(BIN)/python -m tests.benchmarks growth --out runs/growth.json

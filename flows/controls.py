@@ -34,7 +34,7 @@ def random(do: Do, data: str, start: str, rollouts: int) -> Arm:
     length = math.ceil(rollouts / (settings.batch * settings.rollouts))
     do.desk.reporter.heading(f"random: {length} steps on a shuffle, as many rollouts in all")
     arm = begin(do, "random", data, start)
-    size = len(do.desk.prompts(data, "pool"))
+    size = len(do.desk.pool(data))
     before = dict(do.seconds)
     stage = Stage(0, do("shuffle", data, [], 0, budget=size, seed=do.desk.seed("shuffle", 0)), length, start)
     train(do, arm, stage, data, start, length, "shuffle")

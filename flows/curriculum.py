@@ -43,7 +43,7 @@ def run_curriculum(do: Do, data: str, start: str) -> Arm:
             stage = select(do, arm, data, policy, number, length)
         else:
             desk.reporter.line("  no stored rollouts yet: this stage trains on a shuffle, and is the collection")
-            budget = min(length * config.train.batch, len(desk.prompts(data, "pool")))
+            budget = min(length * config.train.batch, len(desk.pool(data)))
             shuffled = do("shuffle", data, [], number, budget=budget, seed=desk.seed("shuffle", number))
             stage = Stage(number, shuffled, length, policy)
         publish(do, data, stage)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config
 from flows.engines import Engines
+from flows.pool import Pool, read_pool, read_prompts
 from flows.progress import Advance, Reporter
 from flows.windows import Windows
 from pipeline.records import keyed_seed
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from pipeline.features import Projection
     from pipeline.policy import Policy
     from pipeline.records import Prompts
@@ -52,7 +55,8 @@ class Desk:
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
         self.report: Report = lambda arm, stage, checkpoint: None  # to the trackers of ``report_to``
         self._prompts: dict[tuple[str, str], Prompts] = {}
-        self._tables: dict[str, dict[str, list[Any]]] = {}
+        self._picked: tuple[tuple[str, tuple[str, ...]], Prompts] | None = None  # the stage that is trained on
+        self._pools: dict[str, Pool] = {}
         self._held: tuple[str, Policy, Any] | None = None
         self.projections: dict[str, Projection] = {}  # by the name of their space
 
@@ -91,30 +95,46 @@ class Desk:
 
     def prompts(self, data: str, split: str) -> Prompts:
         """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""
-        from pipeline.records import Prompts
-
         if (data, split) not in self._prompts:
-            columns = self.table(data)
-            pairs = zip(columns["split"], columns["reason"], strict=True)
-            rows = [i for i, (name, reason) in enumerate(pairs) if name == split and not reason]
-            self._prompts[data, split] = Prompts.of(columns).take(rows)
+            self._prompts[data, split] = read_prompts(self.store, data, split)
         return self._prompts[data, split]
+
+    def of_pool(self, data: str, uids: Sequence[str]) -> Prompts:
+        """Return some prompts of the eligible pool, in the order asked for; the others' texts are not kept.
+
+        Raises:
+            KeyError: a uid is not in the eligible pool; the message names it.
+        """
+        key = (data, tuple(uids))
+        if self._picked is None or self._picked[0] != key:
+            found = (
+                self.prompts(data, "pool")
+                if (data, "pool") in self._prompts
+                else read_prompts(self.store, data, "pool", uids)
+            )
+            self._picked = (key, found.take(found.rows_of(uids)))
+        return self._picked[1]
+
+    def splits(self, data: str) -> dict[str, int]:
+        """Return the number of eligible prompts of each split, in the order in which they were read."""
+        return self._pool(data).splits
 
     def validation(self, data: str) -> list[str]:
         """Return the names of the validation sets."""
-        return [split for split in dict.fromkeys(self.table(data)["split"]) if split not in ("pool", "test")]
+        return [split for split in self.splits(data) if split not in ("pool", "test")]
 
-    def table(self, data: str) -> dict[str, list[Any]]:
-        """Return the columns of every prompt that was read, ``split`` and ``reason`` among them."""
-        if data not in self._tables:
-            self._tables[data] = self.store.tables.read(data)
-        return self._tables[data]
+    def pool(self, data: str) -> pa.Array:
+        """Return the prompt_uids of the eligible pool, in its order, as a column of strings."""
+        return self._pool(data).eligible
 
-    def excluded(self, data: str) -> dict[str, str]:
-        """Return the reason of each prompt of the pool that was left out when it was read."""
-        columns = self.table(data)
-        rows = zip(columns["prompt_uid"], columns["split"], columns["reason"], strict=True)
-        return {uid: reason for uid, split, reason in rows if split == "pool" and reason}
+    def excluded(self, data: str) -> tuple[pa.Array, pa.Array]:
+        """Return the prompts of the pool that were left out when it was read, and the reason of each."""
+        return self._pool(data).out, self._pool(data).reason
+
+    def _pool(self, data: str) -> Pool:
+        if data not in self._pools:
+            self._pools[data] = read_pool(self.store, data)
+        return self._pools[data]
 
     @property
     def adapter(self) -> dict[str, Any] | None:

@@ -1,19 +1,22 @@
-"""What steps read from the stores and hand to the maths, and the one place where a selection is written down."""
+"""What steps read from the stores and hand to the maths: rollouts, beliefs, and what is not worth a gradient."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from flows.desk import Desk
-from pipeline.records import Prompts, Rollouts
+from pipeline.columns import places, spread, texts
+from pipeline.records import REASONS, Prompts, Rollouts
 
 if TYPE_CHECKING:
     from pipeline.staleness import Staleness
+    from stores.latest import Latest
 
 
 def roll(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int, step: int) -> Rollouts:
@@ -45,11 +48,16 @@ def in_order(groups: Iterable[Rollouts]) -> Rollouts:
     return Rollouts.concat(sorted(groups, key=lambda group: (len(group.prompt_ids[0]), group.prompt_uid[0])))
 
 
+def latest_of(desk: Desk, rollouts: Sequence[str], uids: Sequence[str] | pa.Array) -> Latest:
+    """Find the latest stored rollouts of some prompts, at most ``evidence.recent`` each; none is read yet."""
+    from stores.latest import latest
+
+    return latest(desk.store.trajectories, rollouts, uids, desk.config.evidence.recent)
+
+
 def read_rollouts_of(desk: Desk, rollouts: Sequence[str], uids: Sequence[str]) -> Rollouts:
     """Return the latest stored rollouts of some prompts, at most ``evidence.recent`` each, oldest first."""
-    stored = Rollouts.of(desk.store.trajectories.read(rollouts))
-    groups = stored.groups()
-    return stored.take([i for uid in uids for i in groups.get(uid, [])[-desk.config.evidence.recent :]])
+    return Rollouts.of(latest_of(desk, rollouts, uids).read(range(len(uids))))
 
 
 def mean_target(desk: Desk, generations: Sequence[str], size: int) -> np.ndarray:
@@ -62,42 +70,41 @@ def mean_target(desk: Desk, generations: Sequence[str], size: int) -> np.ndarray
     )
 
 
-def targets_of(table: Mapping[str, Any]) -> list[str]:
-    """Return the columns of a table of scores or of a selection that hold an alignment with a validation set."""
-    return [name for name in table if name.startswith(("cosine_", "dot_"))]
-
-
 def beliefs(
-    desk: Desk, rollouts: Sequence[str], uids: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray, dict[str, list[tuple[int, int]]]]:
-    """Return alpha and beta of each prompt from the ledger of the given rollouts, and the ledger itself."""
-    from pipeline.beliefs import from_history
+    desk: Desk, rollouts: Sequence[str], uids: Sequence[str] | pa.Array
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return alpha and beta of each prompt from the ledger of the given rollouts, and its (successes, failures)."""
+    from pipeline.beliefs import from_visits
 
-    settings, history = desk.config.beliefs, desk.store.beliefs.history(rollouts)
-    informative = 0 if desk.config.evidence.source == "first_stage" else 1
-    alpha, beta = from_history(
-        uids,
-        history,
+    settings, (visited, *counts) = desk.config.beliefs, desk.store.beliefs.columns(rollouts)
+    row = places(visited, texts(uids))
+    row, good, bad = (column[row >= 0] for column in (row, *counts))
+    alpha, beta = from_visits(
+        len(uids),
+        row,
+        good,
+        bad,
         discount=settings.discount,
         prior=settings.prior,
         strength=settings.strength,
-        informative=informative,
+        informative=0 if desk.config.evidence.source == "first_stage" else 1,
     )
-    return alpha, beta, history
+    totals = [np.bincount(row, weights=column, minlength=len(uids)).astype(np.int64) for column in (good, bad)]
+    return alpha, beta, np.stack(totals)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cascade:
     """What the free filters left out.
 
     Attributes:
-        reason: of each prompt that gets no gradient.
+        reason: number of the reason of each prompt of the pool, see ``pipeline.curriculum.candidates``.
         tokens: stored completion tokens that would have gone through a backward pass, by reason.
         left: prompts that get a gradient, in the order of the pool.
         left_tokens: their stored completion tokens.
     """
 
-    reason: dict[str, str]
+    reason: np.ndarray
     tokens: dict[str, int]
     left: list[str]
     left_tokens: int
@@ -106,7 +113,7 @@ class Cascade:
     def facts(self) -> dict[str, Any]:
         """What was saved, for the summary."""
         return {
-            "prompts": dict(sorted(Counter(self.reason.values()).items())),
+            "prompts": {REASONS[code]: n for code, n in _counted(self.reason)},
             "tokens": dict(sorted(self.tokens.items())),
             "prompts_left": len(self.left),
             "tokens_left": self.left_tokens,
@@ -115,29 +122,43 @@ class Cascade:
 
 def cascade(desk: Desk, data: str, rollouts: Sequence[str]) -> Cascade:
     """Return what is not worth a gradient, and why; costs no model call."""
-    from pipeline.advantages import has_signal
-    from pipeline.curriculum import candidates
+    from pipeline.curriculum import NONE, candidates
+    from pipeline.signal import Signals
 
-    uids = desk.prompts(data, "pool").prompt_uid
-    stored = read_rollouts_of(desk, rollouts, uids)
-    signal = {uid: has_signal(np.array([stored.reward[i] for i in rows])) for uid, rows in stored.groups().items()}
-    alpha, beta, _ = beliefs(desk, rollouts, uids)
-    reason = candidates(uids, alpha, beta, signal, share=desk.config.select.candidates, **desk.config.insight.weight)
-    tokens: Counter[str] = Counter()
-    for uid, completion in zip(stored.prompt_uid, stored.completion_ids, strict=True):
-        tokens[reason.get(uid, "")] += len(completion)
-    left_tokens, left = tokens.pop("", 0), [uid for uid in uids if uid not in reason]
+    pool = desk.pool(data)
+    found = Signals(len(pool))
+    for prompt, part in latest_of(desk, rollouts, pool).scan(["reward", "completion_ids"]):
+        found.add(prompt, part["reward"].to_numpy(), pc.list_value_length(part["completion_ids"]).to_numpy())
+    alpha, beta, _ = beliefs(desk, rollouts, pool)
+    share, weight = desk.config.select.candidates, desk.config.insight.weight
+    reason = candidates(pool, alpha, beta, found.seen, found.signal, share=share, **weight)
+    tokens = {code: int(found.tokens[found.seen & (reason == code)].sum()) for code, _ in _counted(reason[found.seen])}
+    left = pool.filter(pa.array(reason == NONE)).to_pylist()
     refuse_images(desk, data, left)
-    return Cascade(reason, dict(tokens), left, left_tokens)
+    left_tokens = int(found.tokens[reason == NONE].sum())
+    return Cascade(reason, {REASONS[code]: n for code, n in tokens.items()}, left, left_tokens)
+
+
+def _counted(reason: np.ndarray) -> list[tuple[int, int]]:
+    """Return the numbers of the reasons that are there, by name, and how often each is."""
+    codes, counts = np.unique(reason[reason >= 0], return_counts=True)
+    return sorted(zip(codes.tolist(), counts.tolist(), strict=True), key=lambda pair: REASONS[pair[0]])
 
 
 def refuse_images(desk: Desk, data: str, uids: Sequence[str]) -> None:
     """Refuse prompts of the pool with images where the next step samples them or takes their gradients."""
     from pipeline.prompts import refuse_images as refuse
 
-    pool = desk.prompts(data, "pool")
-    for row in pool.rows_of(uids):
-        refuse(pool.messages[row], pool.prompt_uid[row])
+    found = []
+    for table in desk.store.tables.scan(data, ["prompt_uid", "split", "messages"]):
+        spoken = pc.and_(pc.equal(table["split"], "pool"), pc.match_substring(table["messages"], '"image"'))
+        found.append(table.filter(spoken).select(["prompt_uid", "messages"]))
+    suspects = pa.concat_tables(found)
+    for place, row in sorted(
+        zip(places(suspects["prompt_uid"], texts(uids)).tolist(), range(len(suspects)), strict=True)
+    ):
+        if place >= 0:
+            refuse(suspects["messages"][row].as_py(), uids[place])
 
 
 def write_staleness(desk: Desk, key: str, found: Sequence[tuple[Sequence[str], Staleness]]) -> None:
@@ -153,61 +174,11 @@ def staleness_key(desk: Desk, generation: str) -> str:
     return desk.store.key("staleness", generation=generation)
 
 
-def read_staleness(desk: Desk, generations: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return ``ess`` and ``log_ratio_p99`` by prompt_uid, of the generations that have them beside them."""
-    out: dict[str, dict[str, float]] = {"ess": {}, "log_ratio_p99": {}}
-    for key in (staleness_key(desk, generation) for generation in generations):
-        if desk.store.done(key):
-            table = desk.store.tables.read(key)
-            for name, column in out.items():
-                column.update(zip(table["prompt_uid"], table[name], strict=True))
-    return out
-
-
-def chosen(desk: Desk, selection: str) -> list[str]:
-    """Return the prompt_uids of a stage, best first."""
-    table = desk.store.curricula.read(selection)
-    return [
-        u for _, u in sorted((r, u) for r, u in zip(table["rank"], table["prompt_uid"], strict=True) if r is not None)
-    ]
-
-
-def write_selection(
-    desk: Desk,
-    key: str,
-    data: str,
-    rollouts: Sequence[str],
-    chosen: Any,
-    stage: int,
-    measured: Mapping[str, Mapping[str, float]],
-) -> None:
-    """Store a stage with all that is known of each prompt of the pool at the moment of selection.
-
-    ``measured`` holds further columns by prompt_uid: the cosines, and how stale the evidence is.
-    """
-    from pipeline.selectors import insight
-
-    out = desk.excluded(data)
-    uids = [*desk.prompts(data, "pool").prompt_uid, *out]
-    alpha, beta, history = beliefs(desk, rollouts, uids)
-    value = insight.score(alpha, beta, rollouts=desk.config.train.rollouts, **desk.config.insight.weight)
-    rank = {uid: i for i, uid in enumerate(chosen.chosen)}
-    drawn = dict(zip(chosen.chosen, chosen.drawn, strict=True))
-    seen = {uid: (sum(s for s, _ in visits), sum(s + f for s, f in visits)) for uid, visits in history.items()}
-    rates = [(s / n if n else None, n) for s, n in (seen.get(uid, (0, 0)) for uid in uids)]
-    columns = {
-        "prompt_uid": uids,
-        "stage": [stage] * len(uids),
-        "reason": [chosen.reason.get(uid) or out[uid] for uid in uids],
-        "rank": [rank.get(uid) for uid in uids],
-        "drawn": [drawn.get(uid) for uid in uids],
-        "score_influence": [chosen.fused.get(uid) for uid in uids],
-        "score_wmi": value.tolist(),
-        "pass_rate": [rate for rate, _ in rates],
-        "n_obs": [n for _, n in rates],
-        "alpha": alpha.tolist(),
-        "beta": beta.tolist(),
-        "ess": [None] * len(uids),
-        "log_ratio_p99": [None] * len(uids),
-    } | {name: [column.get(uid) for uid in uids] for name, column in measured.items()}
-    desk.store.curricula.write(key, columns, {"data": data, "stage": stage, "size": len(chosen.chosen)})
+def read_staleness(desk: Desk, generations: Sequence[str], size: int, pool: pa.Array) -> dict[str, pa.Array]:
+    """Return columns ``ess`` and ``log_ratio_p99`` of ``size`` rows, the pool first: None where neither was stored."""
+    names, keys = ["ess", "log_ratio_p99"], [staleness_key(desk, generation) for generation in generations]
+    none = {"prompt_uid": pa.array([], pa.string())} | dict.fromkeys(names, pa.array([], pa.float64()))
+    found = [desk.store.tables.arrow(key, ["prompt_uid", *names]) for key in keys if desk.store.done(key)]
+    table = pa.concat_tables([pa.table(none), *found]).combine_chunks()
+    row = places(table["prompt_uid"], pool)
+    return {name: spread(size, row[row >= 0], table[name].to_numpy()[row >= 0]) for name in names}

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows import evidence
+from flows import selections
 from flows.arms import Arm, Stage, kept
 from flows.config import load_config
 from flows.desk import Desk
@@ -24,9 +24,7 @@ def export(desk: Desk, data: str, curriculum: Arm) -> Path:
     stages = [_rows(desk, data, stage.selection, stage) for stage in curriculum.stages]
     random = [_rows(desk, data, stage.control, stage) for stage in curriculum.stages]
     with_images(stages + random)
-    tables = [desk.store.curricula.read(stage.selection) for stage in curriculum.stages]
-    names = list(dict.fromkeys(name for table in tables for name in table))
-    selection = {name: [v for t in tables for v in t.get(name, [None] * len(t["stage"]))] for name in names}
+    selection = selections.together(desk, [stage.selection for stage in curriculum.stages])
     folder, about = desk.folder / "export", (_manifest(desk, data, curriculum), _card(desk, curriculum))
     with desk.store.leases.hold(f"export {desk.config.name}", patience=PATIENCE):
         write_bundle(folder, stages, random, selection, *about)
@@ -55,10 +53,9 @@ def with_images(subsets: Sequence[dict[str, list[Any]]]) -> None:
 
 def _rows(desk: Desk, data: str, selection: str, stage: Stage) -> dict[str, list[Any]]:
     """Return one exported stage: prompts in rank order, with what was known of each."""
-    pool, table = desk.prompts(data, "pool"), desk.store.curricula.read(selection)
-    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    uids = evidence.chosen(desk, selection)
-    part, at = pool.take(pool.rows_of(uids)), [row[uid] for uid in uids]
+    table = selections.stage(desk, selection)
+    uids = table["prompt_uid"]
+    part = desk.of_pool(data, uids)
     known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs", "ess", "log_ratio_p99")
     return {
         "prompt_uid": uids,
@@ -72,7 +69,7 @@ def _rows(desk: Desk, data: str, selection: str, stage: Stage) -> dict[str, list
         "rank": list(range(len(uids))),
         "weight": [1.0] * len(uids),
         "policy_id": [stage.policy] * len(uids),
-        **{name: [table[name][i] for i in at] for name in known},
+        **{name: table[name] for name in known},
     }
 
 

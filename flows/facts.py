@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from flows import evidence, story, validity
+from flows import evidence, selections, story, validity
 from flows.arms import Arm, Stage
 from flows.config import to_toml
 from flows.desk import Desk
@@ -20,13 +20,13 @@ def gather(desk: Desk, data: str, curriculum: Arm) -> dict[str, Any]:
     """Return the facts that ``pipeline.report.render`` takes, but for the summary of all seeds."""
     from pipeline.curriculum import overlap
 
-    pool = desk.prompts(data, "pool").prompt_uid
+    pool = desk.pool(data)
     scored = [stage for stage in curriculum.stages if stage.scores]
     before = curriculum.evidence if not scored else _evidence_before(desk, curriculum, scored[0])
     return {
         "name": desk.config.name,
         "stages": [_stage(desk, data, curriculum, stage) for stage in curriculum.stages],
-        "overlap": overlap([evidence.chosen(desk, stage.selection) for stage in curriculum.stages]).tolist(),
+        "overlap": overlap([selections.chosen(desk, stage.selection) for stage in curriculum.stages]).tolist(),
         "beliefs": {
             "before": _belief(desk, before, pool, "before the first selection"),
             "after": _belief(desk, curriculum.evidence, pool, "after the run"),
@@ -47,14 +47,13 @@ def _evidence_before(desk: Desk, arm: Arm, first: Stage) -> list[str]:
 
 
 def _belief(desk: Desk, keys: Sequence[str], uids: Sequence[str], label: str) -> dict[str, Any]:
-    alpha, beta, history = evidence.beliefs(desk, keys, uids)
-    counts = [sum(s + f for s, f in history.get(uid, ())) for uid in uids]
-    return {"label": label, "mean": (alpha / (alpha + beta)).tolist(), "n_obs": counts}
+    alpha, beta, counts = evidence.beliefs(desk, keys, uids)
+    return {"label": label, "mean": (alpha / (alpha + beta)).tolist(), "n_obs": counts.sum(axis=0).tolist()}
 
 
 def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
     table = desk.store.curricula.read(stage.selection)
-    targets = evidence.targets_of(table)
+    targets = selections.targets_of(table)
     scored = [i for i, value in enumerate(table["score_influence"]) if value is not None]
     best = sorted(scored, key=lambda i: -max(table[name][i] for name in targets))
     return {
@@ -62,7 +61,7 @@ def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
         "drawn": dict(Counter(d for d in table["drawn"] if d)),
         "influence": {name.partition("_")[2]: [table[name][i] for i in scored] for name in targets},
         "reasons": dict(Counter(table["reason"])),
-        "abilities": story.by_ability(desk, data, evidence.chosen(desk, stage.selection)),
+        "abilities": story.by_ability(desk, data, selections.chosen(desk, stage.selection)),
         "best": _examples(desk, data, arm, table, best[:EXAMPLES]),
         "worst": _examples(desk, data, arm, table, best[-EXAMPLES:][::-1]),
     }
@@ -71,31 +70,31 @@ def _stage(desk: Desk, data: str, arm: Arm, stage: Stage) -> dict[str, Any]:
 def _examples(
     desk: Desk, data: str, arm: Arm, table: dict[str, list[Any]], rows: Sequence[int]
 ) -> list[dict[str, Any]]:
-    pool = desk.prompts(data, "pool")
     uids = [table["prompt_uid"][i] for i in rows]
+    shown = desk.of_pool(data, uids)
     stored = evidence.read_rollouts_of(desk, arm.evidence, uids)
     text = dict(zip(stored.prompt_uid, stored.text, strict=True))
     return [
         {
             "prompt_uid": uid,
-            "prompt": "\n".join(plain_text(m["content"]) for m in json.loads(pool.messages[p])),
-            "ability": pool.ability[p],
-            "ground_truth": pool.ground_truth[p],
+            "prompt": "\n".join(plain_text(m["content"]) for m in json.loads(shown.messages[p])),
+            "ability": shown.ability[p],
+            "ground_truth": shown.ground_truth[p],
             "pass_rate": table["pass_rate"][i],
-            "cosines": {n.partition("_")[2]: table[n][i] for n in evidence.targets_of(table)},
+            "cosines": {n.partition("_")[2]: table[n][i] for n in selections.targets_of(table)},
             "completion": text.get(uid),
         }
-        for i, uid, p in zip(rows, uids, pool.rows_of(uids), strict=True)
+        for p, (i, uid) in enumerate(zip(rows, uids, strict=True))
     ]
 
 
 def _diem(desk: Desk, data: str, stage: Stage) -> dict[str, Any] | None:
-    pool = desk.prompts(data, "pool")
-    ability = dict(zip(pool.prompt_uid, pool.ability, strict=True))
     metas = [desk.store.meta(policy) for _, policy, _ in stage.checkpoints]
     metrics = [m for meta in metas for m in meta["metrics"] if "diem_deviation" in m]
     if not metrics:
         return None
+    pool = desk.of_pool(data, list(dict.fromkeys(uid for meta in metas for step in meta["weights"] for uid in step)))
+    ability = dict(zip(pool.prompt_uid, pool.ability, strict=True))
     weights: dict[str, list[float]] = {}
     for meta in metas:
         for step, facts in zip(meta["weights"], meta["metrics"], strict=True):

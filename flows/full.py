@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flows import evidence, gradients
+from flows import gradients, selections
 from flows.desk import Desk
 
 
@@ -43,7 +43,7 @@ def score_full(
             name.partition("_")[2]: rank_agreement(
                 np.array([ours[name][i] for i, _ in both]), np.array([theirs[name][j] for _, j in both])
             )
-            for name in evidence.targets_of(ours)
+            for name in selections.targets_of(ours)
             if name in theirs
         }
         desk.store.tables.write(key, "full", theirs, {"agreement": found, "scores": full})

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
-from flows import evidence
+from flows import evidence, generations
 from flows.desk import Desk
+from pipeline.columns import texts
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.features import Projection
     from pipeline.policy import Policy
-    from pipeline.records import Rollouts
-    from pipeline.staleness import Staleness
 
 WEIGHTS_DIM = 1024  # of the factored sketch that weights are made from: importance ranks as exact at .97
 
@@ -80,95 +80,42 @@ def way(desk: Desk, policy: str) -> str:
     return found
 
 
-class Watched:
-    """Describes the evidence of each prompt by the log-probabilities that a gradient pass makes anyway."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[list[str], Staleness]] = []
-
-    def __call__(self, rollouts: Rollouts, logp_new: np.ndarray) -> None:
-        """See the whole groups of some passes."""
-        from pipeline.staleness import of_rollouts
-
-        self.found.append(of_rollouts(rollouts, logp_new))
-
-
 def featurize(
     desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str, *, name: str = "features"
 ) -> list[str]:
     """Project each prompt's policy gradient at ``policy`` over its latest rollouts; one FAISS generation a shard."""
     from pipeline.features import sketch_gradients
+    from pipeline.records import Rollouts
 
-    settings = desk.config.features
-    stored = evidence.read_rollouts_of(desk, rollouts, uids)
-    groups = stored.groups()
-    if settings.ranks > 1:
+    latest = evidence.latest_of(desk, rollouts, uids)
+    held = [uids[place] for place in latest.held.tolist()]
+    if desk.config.features.ranks > 1:
         from flows import ranks
 
-        return ranks.featurize(desk, policy, list(groups), rollouts, label, name=name)
-    loaded = desk.load(policy)
+        return ranks.featurize(desk, policy, held, rollouts, label, name=name)
+    loaded, place = desk.load(policy), dict(zip(held, latest.held.tolist(), strict=True))
     where = space(desk, loaded, name)
     metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
-    shards = shards_of(desk, policy, list(groups), rollouts, where)
-    with desk.reporter.bar(f"gradients, {label}", len(groups)) as advance:
+    shards = generations.shards_of(desk, policy, held, rollouts, where)
+    with desk.reporter.bar(f"gradients, {label}", len(held)) as advance:
         for key, shard in shards.items():
             if not desk.store.done(key):
-                part, watched = stored.take([i for uid in shard for i in groups[uid]]), Watched()
+                part, watched = Rollouts.of(latest.read([place[uid] for uid in shard])), generations.Watched()
                 found, rows = sketch_gradients(
                     loaded,
                     part,
-                    settings.objective,
+                    desk.config.features.objective,
                     where.projection,
                     micro_tokens=desk.config.policy.micro_tokens,
                     metric=metric,
                     scope=where.scope,
                     watch=watched,
                 )
-                write_generation(desk, key, policy, where, found, rows, watched if name == "features" else None)
+                generations.write_generation(
+                    desk, key, policy, where, found, rows, watched if name == "features" else None
+                )
             advance(len(shard))
     return list(shards)
-
-
-def shards_of(
-    desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], where: Space
-) -> dict[str, list[str]]:
-    """Return the generations that prompts with stored rollouts make, and the prompts of each, in their order."""
-    size, shards = desk.config.evidence.shard, {}
-    for start in range(0, len(uids), size):
-        shard = list(uids[start : start + size])
-        shards[generation_key(desk, policy, where, shard, rollouts)] = shard
-    return shards
-
-
-def generation_key(desk: Desk, policy: str, where: Space, shard: Sequence[str], rollouts: Sequence[str]) -> str:
-    """Return the key of the features of one shard of prompts; how many processes make them is no part of it."""
-    return desk.store.key(
-        "gradients",
-        policy=policy,
-        adapter=desk.adapter,
-        projection=where.projection.identity,
-        metric=where.metric,
-        objective=desk.config.features.objective,
-        prompts=list(shard),
-        rollouts=list(rollouts),
-        recent=desk.config.evidence.recent,
-    )
-
-
-def write_generation(
-    desk: Desk, key: str, policy: str, where: Space, uids: Sequence[str], rows: np.ndarray, watched: Watched | None
-) -> None:
-    """Commit the features of one shard, those without gradient left out, and what was ``watched`` on the way."""
-    meta = {
-        "policy": policy,
-        "projection": desk.store.key("projection", **where.projection.identity),
-        "objective": desk.config.features.objective,
-    }
-    stale = evidence.staleness_key(desk, key)
-    if watched is not None and not desk.store.done(stale):  # before the gradients, so that these are never without it
-        evidence.write_staleness(desk, stale, watched.found)
-    alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
-    desk.store.gradients.write(key, [uids[i] for i in alive], rows[alive], meta)
 
 
 def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:
@@ -180,10 +127,14 @@ def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[
         means = {name: evidence.mean_target(desk, *target) for name, target in targets.items()}
         aimed = _aimed(desk, {name: bool(mean.any()) for name, mean in means.items()})
         queries = np.array([means[name] for name in aimed])
-        found = [desk.store.gradients.search(generation, queries) for generation in pool] if aimed else []
-        cosines = np.concatenate([np.empty((0, len(aimed)), np.float32), *(part for _, part in found)])
-        columns: dict[str, Any] = {"prompt_uid": [uid for uids, _ in found for uid in uids]}
-        columns |= {f"cosine_{name}": cosines[:, i].astype(float).tolist() for i, name in enumerate(aimed)}
+        parts, uids = [np.empty((0, len(aimed)), np.float32)], [texts([])]
+        for generation in pool if aimed else ():
+            names, cosines = desk.store.gradients.search(generation, queries)
+            uids.append(texts(names))
+            parts.append(cosines)
+        whole = np.concatenate(parts)
+        columns: dict[str, Any] = {"prompt_uid": pa.concat_arrays(uids)}
+        columns |= {f"cosine_{name}": whole[:, i].astype(float) for i, name in enumerate(aimed)}
         desk.store.tables.write(key, "scores", columns, {"targets": aimed, "pool": list(pool)})
     return key
 

@@ -78,7 +78,7 @@ class Isolated:
             reader.start()
         try:
             assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps({"step": name, "args": args, "kwargs": kwargs}) + "\n")
+            self._process.stdin.write(json.dumps({"step": name, "args": args, "kwargs": kwargs}, default=_plain) + "\n")
             self._process.stdin.flush()
             with ExitStack() as bars:
                 return self._listen(name, time.monotonic() + limit if limit else None, bars)
@@ -166,6 +166,11 @@ def _start(lent: dict[str, Any]) -> subprocess.Popen[str]:
     return process
 
 
+def _plain(value: Any) -> Any:
+    """Return an array as JSON has it."""
+    return value.tolist()
+
+
 def _revived(module: str, name: str, text: str) -> BaseException:
     """Return the error that a step raised, or one that names it."""
     kind = getattr(importlib.import_module(module), name, None)
@@ -181,7 +186,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is not an answer
 
     def say(*what: Any) -> None:
-        print(json.dumps(what, default=list), file=out, flush=True)
+        print(json.dumps(what), file=out, flush=True)
 
     with borrow(json.loads(sys.stdin.readline()), _Relay(say)) as desk:
         from flows.do import STEPS

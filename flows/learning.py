@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flows import evidence as stored
+from flows import selections
 from flows.desk import Desk
 from pipeline.records import Prompts, Rollouts
 
@@ -44,8 +45,7 @@ def run_segment(
     from pipeline.training import train as steps_of
 
     config, settings = desk.config, desk.config.train
-    pool = desk.prompts(data, "pool")
-    prompts = pool.take(pool.rows_of(stored.chosen(desk, selection)))
+    prompts = desk.of_pool(data, selections.chosen(desk, selection))
     alpha, beta, _ = stored.beliefs(desk, evidence, prompts.prompt_uid)
     optimization = Optimization(
         total_steps=total,

@@ -28,7 +28,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.settings import PREFECT_API_URL
 from pydantic import Field
 
-from flows import evidence, release
+from flows import release, selections
 from flows.arms import Arm, Stage
 from flows.progress import Advance, Reporter
 from flows.windows import Windows
@@ -202,13 +202,10 @@ def _progress(label: str, total: int) -> Iterator[Any]:
 
 
 def _best(desk: Desk, selection: str) -> list[dict[str, Any]]:
-    table = desk.store.curricula.read(selection)
-    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    names = ("score_influence", "score_wmi", "pass_rate", "n_obs", "drawn", *evidence.targets_of(table))
-    uids = evidence.chosen(desk, selection)[:ROWS]
-    return [
-        {"rank": i, "prompt_uid": uid} | {name: table[name][row[uid]] for name in names} for i, uid in enumerate(uids)
-    ]
+    table = selections.stage(desk, selection)
+    names = ("rank", "prompt_uid", "score_influence", "score_wmi", "pass_rate", "n_obs", "drawn")
+    columns = [*names, *selections.targets_of(table)]
+    return [{name: table[name][row] for name in columns} for row in range(min(ROWS, len(table["rank"])))]
 
 
 def _facts(result: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flows import evidence, gradients
+from flows import evidence, generations, gradients
 from flows.config import Config
 from flows.desk import Desk
 from flows.progress import Advance, Reporter
@@ -43,7 +43,7 @@ def featurize(
         ChildProcessError: a process died; the message says which, and shows the last lines of its log.
     """
     where = gradients.space(desk, desk.outline(policy), name)
-    keys = gradients.shards_of(desk, policy, uids, rollouts, where)
+    keys = generations.shards_of(desk, policy, uids, rollouts, where)
     missing = {key: shard for key, shard in keys.items() if not desk.store.done(key)}
     with desk.reporter.bar(f"gradients, {label}", len(uids)) as advance:
         advance(sum(len(shard) for key, shard in keys.items() if key not in missing))
@@ -125,7 +125,6 @@ def main(file: Path) -> None:
     import torch
 
     from pipeline.fsdp import join_group, leave_group
-    from pipeline.rewards import VerifierPool
     from stores import open_store
     from stores.entries import Lease
 
@@ -138,30 +137,30 @@ def main(file: Path) -> None:
     device = join_group(config.policy.device, rank, ranks, local=local, meet=os.environ.get("INFLUENT_MEET", "env://"))
     store = open_store(Path(request["store"]), config.catalog or None, config.objects or None)
     store.origin, store.lease = request["origin"], Lease(**request["lease"]) if request["lease"] else None
-    with VerifierPool() as verifiers:  # of which no worker is ever started
-        desk = Desk(config, Path(request["folder"]), store, verifiers, Reporter(quiet=True))
-        _make(desk, request, device, commits=rank == 0)
+    desk = Desk(config, Path(request["folder"]), store, None, Reporter(quiet=True))
+    _make(desk, request, device, commits=rank == 0)
     leave_group()
 
 
 def _make(desk: Desk, request: dict[str, Any], device: str, *, commits: bool) -> None:
     from pipeline.fsdp import load_sharded
+    from pipeline.records import Rollouts
     from pipeline.sharded import sketch_gradients
 
     policy, name, rollouts = request["policy"], request["name"], request["rollouts"]
     checkpoint, adapter = desk.source(policy)
     loaded = load_sharded(checkpoint, device=device, **desk.loading(adapter))
     where = gradients.space(desk, loaded, name)
-    stored = evidence.read_rollouts_of(desk, rollouts, [uid for shard in request["shards"].values() for uid in shard])
-    groups = stored.groups()
+    uids = [uid for shard in request["shards"].values() for uid in shard]
+    latest, place = evidence.latest_of(desk, rollouts, uids), {uid: i for i, uid in enumerate(uids)}
     for expected, shard in request["shards"].items():
-        key = gradients.generation_key(desk, policy, where, shard, rollouts)
+        key = generations.generation_key(desk, policy, where, shard, rollouts)
         if key != expected:
             raise RuntimeError(f"the shard of {shard[0]} is {expected} to the run, and {key} here; report this")
-        watched = gradients.Watched()
+        watched = generations.Watched()
         found, rows = sketch_gradients(
             loaded,
-            stored.take([i for uid in shard for i in groups[uid]]),
+            Rollouts.of(latest.read([place[uid] for uid in shard])),
             desk.config.features.objective,
             where.projection,
             micro_tokens=desk.config.policy.micro_tokens,
@@ -170,7 +169,7 @@ def _make(desk: Desk, request: dict[str, Any], device: str, *, commits: bool) ->
         )
         if commits:
             seen = watched if name == "features" else None
-            gradients.write_generation(desk, key, policy, where, found, rows, seen)
+            generations.write_generation(desk, key, policy, where, found, rows, seen)
 
 
 def _end_with(parent: int) -> None:

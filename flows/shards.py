@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from flows import collecting, gradients
+from flows import collecting, evidence, generations, gradients
 from flows.desk import Desk
 from flows.lent import borrow, lend
 from flows.progress import Reporter
@@ -42,10 +42,10 @@ def plan(desk: Desk, step: str, arguments: Mapping[str, Any]) -> dict[str, Seque
         made = {name: arguments[name] for name in ("rollouts", "seed")}
         return {key: shard.prompt_uid for key, shard in collecting.shards_of(desk, policy, prompts, **made).items()}
     rollouts = arguments["rollouts"]
-    stored = set(desk.store.trajectories.read(rollouts, ["prompt_uid"])["prompt_uid"])
+    held = evidence.latest_of(desk, rollouts, arguments["uids"]).held
     where = gradients.space(desk, desk.load(policy), arguments["name"])
-    uids = [uid for uid in arguments["uids"] if uid in stored]
-    return dict(gradients.shards_of(desk, policy, uids, rollouts, where))
+    uids = [arguments["uids"][place] for place in held.tolist()]
+    return dict(generations.shards_of(desk, policy, uids, rollouts, where))
 
 
 def cut(keys: Sequence[str], parts: int) -> list[list[str]]:

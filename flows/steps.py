@@ -10,42 +10,37 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from flows import evidence
+from flows import evidence, selections
 from flows.desk import Desk
+from pipeline.columns import spread
 
 
-def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: Mapping[str, str], scores: str, stage: int) -> str:
-    """Fill a stage by fused influence and a random floor; every prompt of the pool gets a reason."""
+def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: np.ndarray, scores: str, stage: int) -> str:
+    """Fill a stage by fused influence and a random floor; every prompt of the pool gets a reason.
+
+    ``excluded`` has the number of the reason of each prompt of the pool that has no gradient, as the cascade gives it.
+    """
     from pipeline.curriculum import select_by_influence
 
     settings, seed = desk.config.select, desk.seed("select", stage)
+    excluded = np.asarray(excluded, np.int8)  # JSON has lists
     key = desk.store.key(
         "selection",
         data=data,
         scores=scores,
-        excluded=sorted(excluded.items()),
+        excluded=selections.spell_reasons(desk, data, excluded),
         stage=stage,
         seed=seed,
         **settings.model_dump(),
     )
     if not desk.store.done(key):
-        table, pool = desk.store.tables.read(scores), desk.prompts(data, "pool").prompt_uid
-        names = evidence.targets_of(table)
-        cosines = np.array([table[name] for name in names], float).reshape(len(names), len(table["prompt_uid"])).T
+        pool, size = desk.pool(data), len(desk.pool(data)) + len(desk.excluded(data)[0])
+        scored, names, aligned = selections.read_scores(desk, scores, pool)
         budget = max(1, int(settings.share * len(pool)))
-        chosen = select_by_influence(
-            pool, excluded, table["prompt_uid"], cosines, budget=budget, floor=settings.floor, seed=seed
-        )
-        evidence.write_selection(
-            desk,
-            key,
-            data,
-            rollouts,
-            chosen,
-            stage,
-            {name: dict(zip(table["prompt_uid"], table[name], strict=True)) for name in names}
-            | evidence.read_staleness(desk, desk.store.meta(scores).get("pool", [])),
-        )
+        chosen = select_by_influence(pool, excluded, scored, aligned, budget=budget, floor=settings.floor, seed=seed)
+        measured = {name: spread(size, scored, aligned[:, column]) for column, name in enumerate(names)}
+        measured |= evidence.read_staleness(desk, desk.store.meta(scores).get("pool", []), size, pool)
+        selections.write(desk, key, data, rollouts, chosen, stage, measured)
     return key
 
 
@@ -55,8 +50,8 @@ def shuffle(desk: Desk, data: str, rollouts: Sequence[str], stage: int, *, budge
 
     key = desk.store.key("selection", data=data, rollouts=list(rollouts), budget=budget, stage=stage, seed=seed)
     if not desk.store.done(key):
-        chosen = select_at_random(desk.prompts(data, "pool").prompt_uid, budget=budget, seed=seed)
-        evidence.write_selection(desk, key, data, rollouts, chosen, stage, {})
+        chosen = select_at_random(desk.pool(data), budget=budget, seed=seed)
+        selections.write(desk, key, data, rollouts, chosen, stage, {})
     return key
 
 
@@ -103,7 +98,7 @@ def train(
         **desk.engines.identity(desk.engines.trained),
     )
     if not desk.store.done(key):
-        evidence.refuse_images(desk, data, evidence.chosen(desk, selection))
+        evidence.refuse_images(desk, data, selections.chosen(desk, selection))
         direction = (
             np.mean([evidence.mean_target(desk, *target) for target in targets.values()], axis=0) if targets else None
         )

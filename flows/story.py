@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from flows import evidence
+from flows import selections
 from flows.desk import Desk
 
 if TYPE_CHECKING:
@@ -20,9 +20,8 @@ def count_rollouts(desk: Desk, keys: Sequence[str]) -> int:
 
 def tell_prompts(desk: Desk, data: str) -> None:
     """Say how many prompts each set has."""
-    columns = desk.table(data)
-    sizes = Counter(split for split, reason in zip(columns["split"], columns["reason"], strict=True) if not reason)
-    desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes.items()))
+    sizes = desk.splits(data).items()
+    desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes if size))
 
 
 def tell_cascade(desk: Desk, cascade: Mapping[str, Any]) -> None:
@@ -36,21 +35,19 @@ def tell_cascade(desk: Desk, cascade: Mapping[str, Any]) -> None:
 
 def by_ability(desk: Desk, data: str, uids: Sequence[str]) -> dict[str, int]:
     """Return the number of prompts of each ability, largest first."""
-    columns = desk.table(data)
-    ability = dict(zip(columns["prompt_uid"], columns["ability"], strict=True))
-    return dict(Counter(ability[uid] for uid in uids).most_common())
+    return dict(Counter(desk.of_pool(data, uids).ability).most_common())
 
 
 def tell_selection(desk: Desk, data: str, stage: Stage) -> None:
     """Say how many were selected, by ability, by reason, and show the best aligned."""
-    table = desk.store.curricula.read(stage.selection)
-    picked = evidence.chosen(desk, stage.selection)
-    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(table["reason"]).most_common())
-    desk.reporter.line(f"  selected {len(picked)} of {len(table['reason'])} prompts ({reasons})")
+    found = selections.reasons(desk, stage.selection)
+    picked = selections.chosen(desk, stage.selection)
+    reasons = ", ".join(f"{n} {reason}" for reason, n in found.most_common())
+    desk.reporter.line(f"  selected {len(picked)} of {found.total()} prompts ({reasons})")
     families = ", ".join(f"{name} {n}" for name, n in by_ability(desk, data, picked).items())
     desk.reporter.line(f"  of which: {families}")
     if stage.scores:
-        _tell_best(desk, data, table, picked[:3])
+        _tell_best(desk, data, selections.stage(desk, stage.selection))
 
 
 def tell_level(desk: Desk, arm: Arm, stage: Stage) -> None:
@@ -81,16 +78,12 @@ def _diem(metrics: list[dict[str, Any]]) -> str:
     )
 
 
-def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]], uids: Sequence[str]) -> None:
-    pool = desk.prompts(data, "pool")
-    row = {uid: i for i, uid in enumerate(table["prompt_uid"])}
-    targets = evidence.targets_of(table)
-    lines = []
-    for uid in uids:
-        i, p = row[uid], pool.rows_of([uid])[0]
+def _tell_best(desk: Desk, data: str, table: Mapping[str, list[Any]]) -> None:
+    stage, targets, lines = desk.of_pool(data, table["prompt_uid"]), selections.targets_of(table), []
+    for i in range(min(3, len(stage))):
         if table["score_influence"][i] is not None:
             cosines = [f"{table[name][i]:+.2f}" for name in targets]
-            lines.append([_excerpt(pool.messages[p]), pool.ability[p], *cosines, f"{table['pass_rate'][i]:.2f}"])
+            lines.append([_excerpt(stage.messages[i]), stage.ability[i], *cosines, f"{table['pass_rate'][i]:.2f}"])
     names = [name.partition("_")[2] for name in targets]
     desk.reporter.table("  best aligned", ["prompt", "ability", *(f"cos {n}" for n in names), "pass rate"], lines)
 

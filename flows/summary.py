@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows import evidence, story
+from flows import selections, story
 from flows.arms import Arm, Stage
 from flows.config import Config
 from flows.desk import Desk
@@ -27,7 +27,7 @@ def summarize(desk: Desk, data: str, arms: Sequence[Arm], seconds: dict[str, flo
     return {
         "seed": desk.config.seed,
         "arms": {arm.name: _arm(desk, data, arm) for arm in arms},
-        "excluded": dict(Counter(desk.excluded(data).values())),
+        "excluded": dict(Counter(desk.excluded(data)[1].to_pylist())),
         "seconds": {name: round(s, 3) for name, s in seconds.items()},
     }
 
@@ -130,15 +130,14 @@ def _mean(curve: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _stage(desk: Desk, data: str, stage: Stage, level: dict[str, Any]) -> dict[str, Any]:
-    picked = evidence.chosen(desk, stage.selection)
-    table = desk.store.curricula.read(stage.selection)
+    picked = selections.chosen(desk, stage.selection)
     metrics = [m for _, policy, _ in stage.checkpoints for m in desk.store.meta(policy)["metrics"]]
     return {
         "stage": stage.number,
         "steps": stage.steps,
         "selected": len(picked),
         "selected_by_ability": story.by_ability(desk, data, picked),
-        "by_reason": dict(Counter(table["reason"])),
+        "by_reason": dict(selections.reasons(desk, stage.selection)),
         "rollouts": {"train": stage.rollouts_train, "select": stage.rollouts_select},
         "refreshed": stage.rollouts_refresh,
         "cascade": stage.cascade,

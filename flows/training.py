@@ -44,4 +44,4 @@ def train(do: Do, arm: Arm, stage: Stage, data: str, policy: str, total: int, sa
 
 
 def _splits(do: Do, data: str) -> list[str]:
-    return [split for split in dict.fromkeys(do.desk.table(data)["split"]) if split != "pool"]
+    return [split for split in do.desk.splits(data) if split != "pool"]

@@ -37,10 +37,10 @@ def measure(desk: Desk, prompts: int) -> dict[str, Any]:
     do, config = Do(desk, plain), desk.config
     start = do("start_policy")
     data = do("prompts", start)
-    splits = [split for split in dict.fromkeys(desk.table(data)["split"]) if split != "pool"]
+    splits = [split for split in desk.splits(data) if split != "pool"]
     for split in splits:
         require_exact(desk.prompts(data, split), f"[prompts] {split}")
-    pool = desk.prompts(data, "pool").prompt_uid
+    pool = desk.pool(data).to_pylist()
     if not 2 <= prompts <= len(pool):
         raise ValueError(f"--prompts {prompts}: the pool has {len(pool)} prompts; ask for 2 to that many")
     step, policy = newest(desk, start, data)

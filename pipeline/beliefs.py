@@ -19,8 +19,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import betaln, digamma, gammaln
+
+BLOCK = 1 << 16  # beliefs at a time
 
 
 def entropy(alpha: Float[np.ndarray, "*n"], beta: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
@@ -55,6 +57,10 @@ def mutual_information(
         raise ValueError(f"rollouts = {rollouts}: at least one planned rollout is needed")
     if alpha.size and not (np.all(alpha > 0) and np.all(beta > 0)):
         raise ValueError(f"alpha and beta must be positive; smallest are {alpha.min()} and {beta.min()}")
+    if len(alpha) > BLOCK:  # whole counts make few different beliefs
+        pairs, where = np.unique(alpha + 1j * beta, return_inverse=True)
+        parts = np.split(pairs, range(BLOCK, len(pairs), BLOCK))
+        return np.concatenate([mutual_information(part.real, part.imag, rollouts) for part in parts])[where]
     s = np.arange(rollouts + 1)
     after = entropy(alpha[:, None] + s, beta[:, None] + rollouts - s)
     return np.maximum(entropy(alpha, beta) - (predictive(alpha, beta, rollouts) * after).sum(axis=1), 0.0)
@@ -99,15 +105,44 @@ def from_history(
     Returns:
         alpha and beta, one value a prompt.
     """
-    alpha, beta = np.full(len(uids), float(prior[0])), np.full(len(uids), float(prior[1]))
-    for row, uid in enumerate(uids):
-        for visit, (successes, failures) in enumerate(history.get(uid, ())):
-            if successes + failures == 0:
-                continue
-            if visit < informative:
-                alpha[row] += strength * successes
-                beta[row] += strength * failures
-            else:
-                alpha[row] = discount * alpha[row] + (1 - discount) * prior[0] + successes
-                beta[row] = discount * beta[row] + (1 - discount) * prior[1] + failures
+    visits = [(row, *visit) for row, uid in enumerate(uids) for visit in history.get(uid, ())]
+    rows, successes, failures = np.array(visits, int).reshape(-1, 3).T
+    return from_visits(
+        len(uids),
+        rows,
+        successes,
+        failures,
+        discount=discount,
+        prior=prior,
+        strength=strength,
+        informative=informative,
+    )
+
+
+def from_visits(
+    prompts: int,
+    rows: Int[np.ndarray, " visits"],
+    successes: Int[np.ndarray, " visits"],
+    failures: Int[np.ndarray, " visits"],
+    *,
+    discount: float = 1.0,
+    prior: tuple[float, float] = (1.0, 1.0),
+    strength: float = 1.0,
+    informative: int = 0,
+) -> tuple[Float[np.ndarray, " prompts"], Float[np.ndarray, " prompts"]]:
+    """Return the same from columns: one entry a visit of prompt ``rows``, the visits of a prompt oldest first."""
+    alpha, beta = np.full(prompts, float(prior[0])), np.full(prompts, float(prior[1]))
+    order = np.argsort(rows, kind="stable")
+    first = np.flatnonzero(np.diff(rows[order], prepend=-1))
+    visit = np.arange(len(rows)) - np.repeat(first, np.diff([*first, len(rows)]))  # of its prompt, from 0
+    turns = np.argsort(visit, kind="stable")
+    for number, at in enumerate(np.split(order[turns], np.flatnonzero(np.diff(visit[turns])) + 1)):
+        at = at[successes[at] + failures[at] > 0]
+        row, good, bad = rows[at], successes[at], failures[at]
+        if number < informative:
+            alpha[row] += strength * good
+            beta[row] += strength * bad
+        else:
+            alpha[row] = discount * alpha[row] + (1 - discount) * prior[0] + good
+            beta[row] = discount * beta[row] + (1 - discount) * prior[1] + bad
     return alpha, beta

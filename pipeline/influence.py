@@ -13,6 +13,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+BLOCK = 1 << 16  # prompts at a time
+
 
 def cosine(
     features: Float[np.ndarray, "prompts dim"], targets: Float[np.ndarray, "targets dim"]
@@ -46,10 +48,13 @@ def fuse_ranks(scores: Float[np.ndarray, "prompts targets"], budget: int) -> Flo
     """
     if budget < 0:
         raise ValueError(f"budget = {budget}: must not be negative")
-    order = np.argsort(-scores, axis=0, kind="stable")
-    ranks = np.empty_like(order)
-    np.put_along_axis(ranks, order, np.arange(1, len(scores) + 1)[:, None], axis=0)
-    return np.where(ranks <= budget, 1.0 / ranks, 0.0).sum(axis=1)
+    ranks, out = np.empty(scores.shape, np.int32), np.empty(len(scores))
+    for target in range(scores.shape[1]):  # one at a time, and rows in blocks: a pool may have 1e7 prompts
+        ranks[np.argsort(-scores[:, target], kind="stable"), target] = np.arange(1, len(scores) + 1, dtype=np.int32)
+    for start in range(0, len(scores), BLOCK):
+        block = ranks[start : start + BLOCK]
+        out[start : start + BLOCK] = np.where(block <= budget, 1.0 / block, 0.0).sum(axis=1)
+    return out
 
 
 def _unit(rows: np.ndarray, name: str) -> np.ndarray:

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from stores.entries import Count
 from stores.store import Store
 
@@ -73,6 +77,19 @@ class Beliefs:
         for _, uid, successes, failures in self._store.catalog.counts(batches):
             history.setdefault(uid, []).append((successes, failures))
         return history
+
+    def columns(self, batches: Sequence[str]) -> tuple[pa.Array, NDArray[np.int64], NDArray[np.int64]]:
+        """The same as columns, for more prompts than a dict can hold: errors as for `history`.
+
+        Returns:
+            prompt_uid, successes and failures, one entry a visit: those of a prompt are in the order of `batches`.
+        """
+        uids, counts = [pa.array([], pa.string())], [np.empty((0, 2), np.int64)]
+        for _, batch in self._store.catalog.scan_counts(batches):
+            uids.append(pa.array([uid for uid, _, _ in batch], pa.string()))
+            counts.append(np.array([found for _, *found in batch], np.int64).reshape(-1, 2))
+        whole = np.concatenate(counts)
+        return pa.concat_arrays(uids), whole[:, 0], whole[:, 1]
 
     def visits(self, batches: Sequence[str]) -> dict[str, list[Visit]]:
         """The same with the batch and the moment of each visit, for a discount by age; errors as for `history`."""

@@ -19,6 +19,8 @@ from stores.errors import Conflict, Damaged, Missing
 from stores.leases import check_fence
 from stores.objects import File
 
+_BATCHES = 16  # whose counts are in memory at a time
+
 
 class Catalog:
     """Artifacts and belief counts in one database.
@@ -114,20 +116,21 @@ class Catalog:
             Missing: a batch is not in the catalog.
             Damaged: the rows are not what was committed.
         """
-        unique = list(dict.fromkeys(batches))
-        found: list[tuple[str, str, int, int]] = []
-        with self.database.transaction() as connection:
-            for chunk in rows.chunks(unique):
-                table = schema.artifacts.c
+        return [(batch, *count) for batch, counts in self.scan_counts(batches) for count in counts]
+
+    def scan_counts(self, batches: Sequence[str]) -> Iterator[tuple[str, list[Count]]]:
+        """The same a batch at a time, with few of them in memory; what is committed under a key never changes."""
+        table = schema.artifacts.c
+        for chunk in rows.chunks(list(dict.fromkeys(batches)), _BATCHES):
+            with self.database.transaction() as connection:
                 known = dict(connection.execute(sql.select(table.key, table.counts).where(table.key.in_(chunk))).all())
                 counted = rows.read_counts(connection, chunk)
-                for batch in chunk:
-                    if batch not in known:
-                        raise Missing(f"batch {batch!r} is not in the catalog {self.name}; commit it first")
-                    if not seals.match(known[batch], counted[batch]):
-                        raise Damaged(self._broken(f"the counts of {batch} are not what was committed"))
-                    found += [(batch, *count) for count in counted[batch]]
-        return found
+            for batch in chunk:
+                if batch not in known:
+                    raise Missing(f"batch {batch!r} is not in the catalog {self.name}; commit it first")
+                if not seals.match(known[batch], counted[batch]):
+                    raise Damaged(self._broken(f"the counts of {batch} are not what was committed"))
+                yield batch, counted.pop(batch)
 
     def files(self) -> list[tuple[str, str, File]]:
         """Every (artifact key, file name, file), artifacts in the order of their commits, files by name.

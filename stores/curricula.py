@@ -1,5 +1,6 @@
 """Selections: every prompt with its stage, rank, scores and the reason it was taken or left."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -55,5 +56,13 @@ class Curricula:
             Missing: the key has no selection.
             Damaged: the file is not what was written.
         """
-        table = decode(self._store.file(key, KIND, FILE))
+        table = self.arrow(key)
         return {name: table[name].to_pylist() for name in table.column_names}
+
+    def arrow(self, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The same, or some columns of it, as Arrow columns of one chunk each; errors as for `read`.
+
+        Raises:
+            ValueError: it has no column of a given name.
+        """
+        return decode(self._store.file(key, KIND, FILE), columns).combine_chunks()

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from stores.errors import Damaged, StoreError
 VERSION = 1
 ROWS = 2048
 """Rows in a row group: what a reader has in memory at a time."""
-Column = Sequence[Any] | NDArray[Any]
+Column: TypeAlias = Sequence[Any] | NDArray[Any] | pa.Array
 Columns = Mapping[str, Column]
 _INFERRED: Mapping[str, pa.DataType] = MappingProxyType({})
 
@@ -27,7 +27,8 @@ def to_table(columns: Columns, types: Mapping[str, pa.DataType] = _INFERRED) -> 
     """Equal-length columns as an Arrow table, in their order.
 
     Args:
-        columns: Values by column name: lists or one-dimensional arrays. A dict among them becomes a struct.
+        columns: Values by column name: lists, or one-dimensional arrays of NumPy or Arrow. A dict among them becomes a
+            struct.
         types: The type of a column; where not given, inferred, and float64 when every value is None.
 
     Raises:
@@ -46,7 +47,10 @@ def to_array(name: str, values: Column, kind: pa.DataType | None = None) -> pa.A
     if kind is not None and pa.types.is_list(kind) and pa.types.is_primitive(kind.value_type):
         return _list_array(name, values, kind)
     try:
-        array = pa.array(values, kind if kind is not None and pa.types.is_nested(kind) else None)
+        if isinstance(values, pa.Array):
+            array = values
+        else:
+            array = pa.array(values, kind if kind is not None and pa.types.is_nested(kind) else None)
         if kind is None:
             return array.cast(pa.float64()) if pa.types.is_null(array.type) else array
         if _is_text(kind) and not (_is_text(array.type) or pa.types.is_null(array.type)):

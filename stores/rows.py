@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from stores import schema, seals
-from stores.canonical import canonical
+from stores.canonical import Spelled, canonical
 from stores.entries import Artifact, Count
 from stores.errors import Damaged
 from stores.objects import File
@@ -155,10 +155,10 @@ def set_head(connection: sql.Connection, **values: int) -> None:
         connection.execute(schema.head.update().where(schema.head.c.name == name).values(value=value))
 
 
-def chunks(keys: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Keys, as many at a time as one query takes."""
-    for start in range(0, len(keys), _MANY):
-        yield keys[start : start + _MANY]
+def chunks(keys: Sequence[str], many: int = _MANY) -> Iterator[Sequence[str]]:
+    """Keys, some at a time: by default as many as one query takes."""
+    for start in range(0, len(keys), many):
+        yield keys[start : start + many]
 
 
 def _seal(row: Mapping[str, Any], files: Mapping[str, File], inputs: Sequence[str]) -> str:
@@ -173,4 +173,6 @@ def _spelled(identity: Mapping[str, Any] | None) -> str:
 
 def _shortened(value: Any) -> Any:
     text = canonical(value)
-    return value if len(text) <= _LONG else {"sha256": seals.of_text(text)}
+    if len(text) > _LONG:
+        return {"sha256": seals.of_text(text)}
+    return json.loads(text) if isinstance(value, Spelled) else value

@@ -124,17 +124,17 @@ class Store:
 
         Args:
             step: Name of the step, in lower case letters, digits, dashes and underscores.
-            identity: JSON-able values (tuples are lists); a change in any of them changes the key. The key remembers
-                them, so that they are recorded with the artifact; keys among them are its inputs.
+            identity: JSON-able values (tuples are lists), or `Spelled`; a change in any of them changes the key. The
+                key remembers them, so that they are recorded with the artifact; keys among them are its inputs.
 
         Raises:
             ValueError: an entry has no JSON spelling, or the step is not such a name.
         """
         if not re.fullmatch(r"[a-z][a-z0-9_-]{0,63}", step):
             raise ValueError(f"step is {step!r}; use up to 64 lower case letters, digits, dashes and underscores")
-        for name, value in identity.items():
-            canonical(value, name)  # so that an error names the entry as the caller does
-        text = canonical({"step": step, "schema": SCHEMA, "identity": identity})
+        texts = {name: canonical(value, name) for name, value in identity.items()}  # an error names the entry
+        entries = ",".join(f"{canonical(name)}:{texts[name]}" for name in sorted(texts))
+        text = f'{{"identity":{{{entries}}},"schema":{canonical(SCHEMA)},"step":{canonical(step)}}}'
         return Key(f"{step}-{seals.of_text(text)[:24]}", identity)
 
     def done(self, key: str) -> bool:

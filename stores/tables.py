@@ -1,8 +1,11 @@
 """Any columns, one Parquet file a table: prompts, scores."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stores.parquet import Columns, decode, encode, to_table
+import pyarrow as pa
+
+from stores.parquet import Columns, decode, encode, scan, to_table
 from stores.store import Store
 
 FILE = "table.parquet"
@@ -40,5 +43,17 @@ class Tables:
             Missing: the key has no table.
             Damaged: the file is not what was written.
         """
-        table = decode(self._store.file(key, self._store.get(key).kind, FILE))
+        table = self.arrow(key)
         return {name: table[name].to_pylist() for name in table.column_names}
+
+    def arrow(self, key: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The same, or some columns of it, as Arrow columns of one chunk each; errors as for `read`.
+
+        Raises:
+            ValueError: it has no column of a given name.
+        """
+        return decode(self._store.file(key, self._store.get(key).kind, FILE), columns).combine_chunks()
+
+    def scan(self, key: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The same, about 2,048 rows at a time, for columns that do not fit in memory; errors as for `arrow`."""
+        yield from scan(self._store.file(key, self._store.get(key).kind, FILE), columns)

@@ -116,12 +116,17 @@ class Trajectories:
     def scan(self, keys: Sequence[str], columns: Sequence[str] | None = None) -> Iterator[dict[str, list[Any]]]:
         """The same, about 2,048 rollouts at a time: no column that was not asked for is read; errors as for `read`."""
         names = _names(columns)
+        for table in self.tables(keys, names):
+            yield {name: to_values(table[name]) for name in names}
+
+    def tables(self, keys: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The same as Arrow tables; errors as for `read`."""
+        names = _names(columns)
         for key in keys:
             artifact = self._store.expect(key, KIND)
             files = sorted(artifact.files, key=lambda name: (name != FILE, name))
             for path in self._store.files(key, KIND, *files)[1]:
-                for table in scan(path, names):
-                    yield {name: to_values(table[name]) for name in names}
+                yield from scan(path, names)
 
     @staticmethod
     def _checked(columns: Columns, tally: dict[str, list[int]]) -> pa.Table:

@@ -22,7 +22,16 @@ TEXTS = sorted(
     if path.suffix in (*DATA, ".md", "") and path.is_file()
 ) + [
     ROOT / n
-    for n in ("README.md", "METHODS.md", "STORES.md", "CHANGELOG.md", "Makefile", "pyproject.toml", "constraints.txt")
+    for n in (
+        "README.md",
+        "METHODS.md",
+        "STORES.md",
+        "SCALE.md",
+        "CHANGELOG.md",
+        "Makefile",
+        "pyproject.toml",
+        "constraints.txt",
+    )
 ]
 
 

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from pipeline.advantages import has_signal
 from pipeline.beliefs import from_history
-from pipeline.curriculum import candidates, select_by_influence
+from pipeline.curriculum import NONE, candidates, select_by_influence
 from pipeline.evaluation import interval
 from pipeline.objective import OBJECTIVES
 from pipeline.staleness import staleness
@@ -160,7 +160,7 @@ def _pruned(state: State, share: float) -> tuple[float, float, float, float]:
     found, truth = score(state, kept, OURS), score(state, state.fresh.first(TRUTH, skip=FRESH), OURS)
     uids = [f"{prompt:03d}" for prompt in range(state.prompts)]
     rows = [np.flatnonzero(kept.owner == prompt) for prompt in range(state.prompts)]
-    signal = {uid: has_signal(kept.reward[r]) for uid, r in zip(uids, rows, strict=True)}
+    seen, signal = np.array([len(r) > 0 for r in rows]), np.array([has_signal(kept.reward[r]) for r in rows])
     history = {
         uid: [(int(kept.reward[r[i : i + 8]].sum()), int((1 - kept.reward[r[i : i + 8]]).sum())) for i in range(0, len(r), 8)]
         for uid, r in zip(uids, rows, strict=True)
@@ -169,14 +169,13 @@ def _pruned(state: State, share: float) -> tuple[float, float, float, float]:
     tokens = np.array([kept.mask[r].sum() for r in rows])
     chosen = []
     for part in (1.0, share):
-        excluded = candidates(uids, alpha, beta, signal, share=part, **RECIPE.insight.weight)
-        left = [i for i, uid in enumerate(uids) if uid not in excluded]
+        excluded = candidates(uids, alpha, beta, seen, signal, share=part, **RECIPE.insight.weight)
+        left = np.flatnonzero(excluded == NONE)
         picked = select_by_influence(
-            uids, excluded, [uids[i] for i in left], found[left][:, None],
-            budget=state.prompts // 10, floor=0.0, seed=0,
+            uids, excluded, left, found[left][:, None], budget=state.prompts // 10, floor=0.0, seed=0
         ).chosen  # fmt: skip
-        chosen.append({int(uid) for uid in picked})
-    everything = [i for i, uid in enumerate(uids) if signal[uid]]
+        chosen.append(set(picked.tolist()))
+    everything = np.flatnonzero(signal)
     return (
         len(left) / state.prompts,
         1 - tokens[left].sum() / tokens[everything].sum(),

@@ -24,6 +24,18 @@ def test_history_keeps_the_order_of_batches(store: Store) -> None:
     assert store.beliefs.history([]) == {}
 
 
+def test_columns_are_the_history(store: Store) -> None:
+    """More batches than are read at a time, as columns: the same visits in the same order."""
+    batches = [f"batch-{number}" for number in range(40)]
+    for number, batch in enumerate(batches):
+        store.beliefs.apply(batch, [(f"p{(number + i) % 7}", number, i) for i in range(number % 4)], {})
+    found: dict[str, list[tuple[int, int]]] = {}
+    for uid, *counts in zip(*(column.tolist() for column in store.beliefs.columns(batches)), strict=True):
+        found.setdefault(uid, []).append((counts[0], counts[1]))
+    assert found == store.beliefs.history(batches)
+    assert [len(column) for column in store.beliefs.columns([])] == [0, 0, 0]
+
+
 def test_an_absent_batch_is_missing(store: Store) -> None:
     """A batch that was never committed is an error, not an empty history."""
     with pytest.raises(Missing, match="'nowhere'"):

@@ -5,11 +5,13 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stores.canonical import canonical
+from stores.canonical import Spelled, canonical, spell_pairs
+from stores.store import Store
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
@@ -35,3 +37,26 @@ def test_what_has_no_spelling_is_named(bad: Any) -> None:
     """An error names the entry."""
     with pytest.raises(ValueError, match=r"^settings\['a'\]\[1\]"):
         canonical({"a": [0, bad]}, "settings")
+
+
+@given(pairs=st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_pairs_are_spelled_as_lists_are(pairs: list[tuple[str, str]]) -> None:
+    """Columns have the spelling of the list of their pairs, quotes, control characters and other scripts included."""
+    first, second = ([pair[side] for pair in pairs] for side in (0, 1))
+    found = spell_pairs(pa.array(first, pa.string()), pa.array(second, pa.string()))
+    assert found.text == canonical(found) == canonical(pairs)
+
+
+@pytest.mark.parametrize("count", [3, 3000])
+def test_a_spelled_value_makes_the_same_key_and_row(local: Store, count: int) -> None:
+    """A value and its spelling give one key, and one entry of the catalog, short or long."""
+    pairs = [[f"uid-{number}", "prior"] for number in range(count)]
+    plain, spelled = (local.key("selection", a=1, excluded=value) for value in (pairs, Spelled(canonical(pairs))))
+    assert plain == spelled
+    local.record(plain, "one", {})
+    before = local.get(plain).identity
+    local.catalog.retire(plain)
+    other = local.key("selection", a=2, excluded=Spelled(canonical(pairs)))
+    local.record(other, "one", {})
+    assert local.get(other).identity == {**before, "a": 2}

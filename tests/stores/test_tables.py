@@ -1,6 +1,7 @@
 """Tables: any columns, back as they were."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from stores import Conflict, Missing
@@ -30,6 +31,19 @@ def test_the_same_columns_are_the_same_bytes(store: Store) -> None:
     assert store.get("one").files == store.get("two").files
     with pytest.raises(Conflict, match=r"table\.parquet"):
         store.tables.write("one", "scores", {"x": [0.1, 0.3], "n": [1, 2]}, {})
+
+
+def test_arrow_columns_are_the_same_bytes(store: Store) -> None:
+    """Lists and Arrow columns of the same values are one object; some columns are read whole or a few rows at a time."""
+    rows = 5000
+    columns = {"uid": [f"u{i}" for i in range(rows)], "x": [None if i % 3 else i / 7 for i in range(rows)]}
+    store.tables.write("one", "scores", columns, {})
+    store.tables.write("two", "scores", {name: pa.array(values) for name, values in columns.items()}, {})
+    assert store.get("one").files == store.get("two").files
+    assert store.tables.arrow("one", ["x"]).to_pydict() == {"x": columns["x"]}
+    parts = list(store.tables.scan("one", ["uid"]))
+    assert max(map(len, parts)) <= 2048
+    assert pa.concat_tables(parts).to_pydict() == {"uid": columns["uid"]}
 
 
 def test_empty_tables_are_tables(store: Store) -> None:

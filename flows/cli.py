@@ -21,6 +21,13 @@ SINGLE = {
     "evaluate": ("evaluate", "train a stage, and evaluate its checkpoints"),
 }
 """Commands that run the loop up to one step of one stage, plainly; what is done already is not done again."""
+SCHEDULED = {
+    "serve": "run the nightly curation from here until stopped, with a Prefect server on loopback: the quick start",
+    "deploy": "register nightly, triggered and weekly flows with the Prefect server of PREFECT_API_URL",
+    "announce": "tell the Prefect server that a trainer has written a policy, so that curation for it starts",
+    "approve": "release the stage that waits for a person, or reject it",
+}
+"""Commands that talk to a Prefect server."""
 STORED = {
     "status": "say what a run directory holds",
     "verify": "read every stored file and compare it with its checksum",
@@ -45,9 +52,12 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print the result as JSON, and no progress")
         return command
 
-    def with_run(command: argparse.ArgumentParser) -> None:
+    def with_places(command: argparse.ArgumentParser) -> None:
         command.add_argument("config", help="a TOML file, or the name of a recipe")
         command.add_argument("--dir", type=Path, help="run directory; runs/<name> by default")
+
+    def with_run(command: argparse.ArgumentParser) -> None:
+        with_places(command)
         command.add_argument("--seed", type=int, help="seed, instead of the file's")
 
     run = add("run", "run the whole loop as a Prefect flow: select, train, evaluate, export, report")
@@ -77,6 +87,21 @@ def parser() -> argparse.ArgumentParser:
         ("rescore", "score another run's stored rollouts with this run's verifiers; no new rollouts"),
     ):
         with_run(add(name, text))
+    curate = add("curate", "select one subset for the policy as it is, and export it; nothing is trained")
+    with_run(curate)
+    curate.add_argument("--checkpoint", default="", help="folder or name of the policy, instead of the file's")
+    scheduled = {name: add(name, text) for name, text in SCHEDULED.items()}
+    for name in ("serve", "deploy"):
+        with_places(scheduled[name])
+        scheduled[name].add_argument("--cron", default="", metavar="WHEN", help="of the nightly curation; '0 2 * * *'")
+    scheduled["serve"].add_argument("--port", type=int, default=4200, help="of 127.0.0.1, for the server; 4200")
+    scheduled["deploy"].add_argument("--file", type=Path, help="in the form of prefect.yaml; the package's by default")
+    scheduled["deploy"].add_argument("--gpus", type=int, default=0, metavar="N", help="steps on an accelerator at once")
+    scheduled["announce"].add_argument("checkpoint", help="its folder, or its name")
+    scheduled["approve"].add_argument("dir", type=Path, help="run directory")
+    scheduled["approve"].add_argument("--by", required=True, metavar="NAME", help="who decides")
+    scheduled["approve"].add_argument("--note", default="", help="why")
+    scheduled["approve"].add_argument("--reject", action="store_true", help="do not train on it")
     stored = {}
     for name, text in STORED.items():
         stored[name] = add(name, text)

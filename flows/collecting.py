@@ -22,10 +22,13 @@ def collect(
     desk: Desk, policy: str, data: str, split: str, *, rollouts: int, seed: int, uids: Sequence[str] | None = None
 ) -> list[str]:
     """Sample and score ``rollouts`` completions of each prompt of a split, or of its ``uids``; one key a shard."""
+    return _collect(desk, policy, asked(desk, data, split, uids), split, rollouts=rollouts, seed=seed)
+
+
+def asked(desk: Desk, data: str, split: str, uids: Sequence[str] | None) -> Prompts:
+    """Return the prompts of a split, or those of it that ``uids`` name."""
     prompts = desk.prompts(data, split)
-    if uids is not None:
-        prompts = prompts.take(prompts.rows_of(uids))
-    return _collect(desk, policy, prompts, split, rollouts=rollouts, seed=seed)
+    return prompts if uids is None else prompts.take(prompts.rows_of(uids))
 
 
 def import_rollouts(desk: Desk, data: str) -> list[str]:
@@ -148,7 +151,7 @@ def refresh(
 
 def _collect(desk: Desk, policy: str, prompts: Prompts, split: str, *, rollouts: int, seed: int) -> list[str]:
     """Commit a shard as soon as its last group is there; the groups of the others wait on disk, one by one."""
-    shards = _shards(desk, policy, prompts, rollouts=rollouts, seed=seed)
+    shards = shards_of(desk, policy, prompts, rollouts=rollouts, seed=seed)
     spool = desk.store.spool
     left = {key: set(shard.prompt_uid) - spool.read(key).keys() for key, shard in _open(desk, shards).items()}
     meta = {"policy": policy, "split": split}
@@ -170,7 +173,8 @@ def _collect(desk: Desk, policy: str, prompts: Prompts, split: str, *, rollouts:
     return list(shards)
 
 
-def _shards(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int) -> dict[str, Prompts]:
+def shards_of(desk: Desk, policy: str, prompts: Prompts, *, rollouts: int, seed: int) -> dict[str, Prompts]:
+    """Return the shards that a collection makes, and the prompts of each, in their order."""
     from pipeline.rescoring import versions
 
     size, shards = desk.config.evidence.shard, {}

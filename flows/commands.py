@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flows.cli import SINGLE, STORED
+from flows.cli import SCHEDULED, SINGLE, STORED
 from flows.config import Config, load_config, recipes
 from flows.progress import Reporter
 from stores.errors import Damaged, StoreError
@@ -26,6 +26,10 @@ def dispatch(arguments: argparse.Namespace) -> Result:
         return {"recipes": recipes()}, 0
     if arguments.command in STORED:
         return _stored(arguments)
+    if arguments.command in SCHEDULED:
+        from flows.scheduling import scheduled
+
+        return scheduled(arguments), 0
     reporter = Reporter(quiet=arguments.json)
     config = load_config(arguments.config)
     if arguments.seed is not None:
@@ -37,6 +41,10 @@ def dispatch(arguments: argparse.Namespace) -> Result:
         return _validity(arguments, config, folder, reporter)
     if arguments.command in SINGLE:
         return _single(config, folder, reporter, SINGLE[arguments.command][0], arguments.stage)
+    if arguments.command == "curate":
+        from flows.curate import curate
+
+        return curate(config, folder, reporter, checkpoint=arguments.checkpoint), 0
     if arguments.command in BRINGING:
         return _bring(config, folder, reporter, arguments.command)
     return _run(arguments, config, folder, reporter)
@@ -44,6 +52,11 @@ def dispatch(arguments: argparse.Namespace) -> Result:
 
 def _run(arguments: argparse.Namespace, config: Config, folder: Path, reporter: Reporter) -> Result:
     seeds = list(range(config.seed, config.seed + getattr(arguments, "seeds", 1)))
+    if config.cluster.runner and getattr(arguments, "no_prefect", False):
+        raise ValueError(
+            f"--no-prefect with cluster.runner = {config.cluster.runner!r}: Prefect is what hands the parts to the "
+            "cluster; leave out the one or the other"
+        )
     if arguments.command == "run" and not arguments.no_prefect:
         from flows.orchestration import run_as_flow
 
@@ -90,7 +103,8 @@ def _value(v: dict[str, Any], sign: str = "") -> str:
 
 
 def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: int | None) -> Result:
-    from flows.curriculum import Do, Reached, run_seed
+    from flows.curriculum import run_seed
+    from flows.do import Do, Reached
     from flows.run import open_desk, plain
 
     collects = config.evidence.source != "first_stage"
@@ -128,7 +142,7 @@ def _validity(arguments: argparse.Namespace, config: Config, folder: Path, repor
 
 
 def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Result:
-    from flows.curriculum import Do
+    from flows.do import Do
     from flows.run import open_desk, plain
     from flows.story import count_rollouts
 
@@ -145,7 +159,7 @@ def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Re
 
 def _stored(arguments: argparse.Namespace) -> Result:
     try:
-        store = _store(arguments.dir)
+        store = store_of(arguments.dir)
     except Damaged as error:
         if arguments.command == "verify":
             return {"files": 0, "damaged": [str(error)]}, 3
@@ -154,15 +168,16 @@ def _stored(arguments: argparse.Namespace) -> Result:
         store.catalog.retire(arguments.key)
         return {"retired": arguments.key}, 0
     if arguments.command == "gc":
-        return _gc(store, arguments.grace)
+        return swept(store, arguments.grace)
     if arguments.command == "merge":
         return _merge(store, arguments.other)
     if arguments.command == "lineage":
         return _lineage(store, arguments.key)
-    return {"status": _status, "verify": _verify}[arguments.command](store)
+    return {"status": _status, "verify": verified}[arguments.command](store)
 
 
-def _store(folder: Path) -> Any:
+def store_of(folder: Path) -> Any:
+    """Open the store of a run directory."""
     from flows.collecting import open_other
 
     return open_other(folder)
@@ -175,7 +190,8 @@ def _status(store: Any) -> Result:
     return {"store": str(store.root), "catalog": store.catalog.name, "objects": store.objects.name, **kinds}, 0
 
 
-def _verify(store: Any) -> Result:
+def verified(store: Any) -> Result:
+    """Read every stored file; return what is damaged, and the exit code."""
     from stores.verification import verify
 
     began = time.monotonic()
@@ -186,7 +202,8 @@ def _verify(store: Any) -> Result:
     return facts | {"MiB_per_second": round(read / seconds, 1), "damaged": bad}, 3 if bad else 0
 
 
-def _gc(store: Any, hours: float) -> Result:
+def swept(store: Any, hours: float) -> Result:
+    """Delete what nothing refers to; return how much."""
     from stores.collector import collect
 
     found = collect(store, hours * 3600)
@@ -196,7 +213,7 @@ def _gc(store: Any, hours: float) -> Result:
 def _merge(store: Any, other: Path) -> Result:
     from stores.merge import merge
 
-    found = merge(store, _store(other))
+    found = merge(store, store_of(other))
     return {"copied": found.copied, "present": found.present}, 0
 
 

@@ -10,7 +10,7 @@ import difflib
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -160,7 +160,8 @@ class Features(Section):
 
     ``layers`` are patterns of parameter names, all that train by default. ``projection`` is ``sparse``, or ``factored``
     for many short samples. ``metric`` ``adam`` preconditions with the second moments of the run's own optimizer. The
-    ``score`` ``directional`` is the dot product, from forward passes alone.
+    ``score`` ``directional`` is the dot product, from forward passes alone. ``ranks`` processes share the policy's
+    weights while gradients are made, one accelerator each; the features are the same to rounding, as are their keys.
     """
 
     objective: Literal["grpo_optimal_baseline", "grpo_sequence", "grpo", "grpo_weighted_group", "reinforce", "rft"] = (
@@ -173,6 +174,7 @@ class Features(Section):
     layers: tuple[str, ...] = ()
     metric: Literal["euclidean", "adam"] = "euclidean"
     score: Literal["cosine", "directional"] = "cosine"
+    ranks: int = Field(1, ge=1)
     compare_full: bool = (
         False  # before training, score by the gradients of all parameters too, and say how far it agrees
     )
@@ -184,6 +186,12 @@ class Select(Section):
     share: float = Field(0.1, gt=0, le=1)  # of the pool
     floor: float = Field(0.2, ge=0, le=1)  # of the stage, at random
     candidates: float = Field(1.0, gt=0, le=1)  # of the pool, at most, that get a gradient
+
+
+class Release(Section):
+    """``[release]``: ``approval`` lets each selected stage wait until a person has approved it."""
+
+    approval: bool = False
 
 
 class Insight(Section):
@@ -237,14 +245,49 @@ class Evaluate(Section):
     limit: int = Field(0, ge=0)  # prompts of each set, 0: all
 
 
+class Cluster(Section):
+    """``[cluster]``: where ``influent run`` collects and featurizes, in parts of whole shards; empty: in this process.
+
+    ``address`` is that of a Ray cluster, ``auto`` or ``ray://host:10001``; empty is a Ray of this machine alone, which
+    is started for the run. A part has ``gpus`` accelerators and ``policy.threads`` processors to itself, one if that is
+    0, and each step has at most ``parts``: enough that no worker waits long for the last of them, few enough that what
+    a part loads anew does not count.
+    """
+
+    runner: Literal["", "ray"] = ""
+    address: str = ""
+    gpus: float = Field(0.0, ge=0)  # a part; a fraction shares one accelerator between parts
+    parts: int = Field(64, ge=1, le=1000)  # a step; thousands of tasks are more than Prefect likes to keep track of
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Self:
+        changed = [n for n in ("address", "gpus", "parts") if getattr(self, n) != type(self).model_fields[n].default]
+        if changed and not self.runner:
+            raise ValueError(
+                f"{changed[0]} = {getattr(self, changed[0])!r} without a runner: set runner = 'ray', or leave it out"
+            )
+        if self.gpus > 1 and not self.gpus.is_integer():
+            raise ValueError(f"gpus = {self.gpus:g}: above 1, a part has whole accelerators; give a whole number")
+        return self
+
+
+STEPS = frozenset(
+    {"start_policy", "prompts", "collect", "import_rollouts", "rescore", "refresh", "featurize", "score"}
+    | {"score_directional", "score_full", "select", "shuffle", "train", "evaluate"}
+)
+"""Steps that may have a time limit."""
+
+
 class Config(Section):
     """A whole run."""
 
     name: str
     seed: int = 0
+    timeouts: dict[str, Annotated[float, Field(gt=0)]] = {}  # seconds of a step, by its name; then it is stopped
     controls: bool = True  # train the random control, and the random run of equal total rollouts, beside the curriculum
     catalog: str = ""  # database URL; empty: SQLite in the run's store
     objects: str = ""  # bucket URL, such as s3://bucket/influent; empty: files in the run's store
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()  # trackers that get the metrics
     policy: Policy
     prompts: Prompts
     sampling: Sampling = Sampling()
@@ -254,10 +297,12 @@ class Config(Section):
     beliefs: Beliefs = Beliefs()
     features: Features = Features()
     select: Select = Select()
+    release: Release = Release()
     insight: Insight = Insight()
     diem: Diem = Diem()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    cluster: Cluster = Cluster()
 
     @field_validator("catalog", "objects")
     @classmethod
@@ -266,6 +311,14 @@ class Config(Section):
             message = "the URL has a password, and settings are kept and shown: use PGPASSWORD or ~/.pgpass instead"
             raise PydanticCustomError("secret", message)
         return url
+
+    @field_validator("timeouts")
+    @classmethod
+    def _of_steps(cls, timeouts: dict[str, float]) -> dict[str, float]:
+        for name in timeouts:
+            if name not in STEPS:
+                raise ValueError(f"timeouts names no step {name!r}; there are {', '.join(sorted(STEPS))}")
+        return timeouts
 
     @model_validator(mode="after")
     def _meaningful(self) -> Self:
@@ -297,6 +350,12 @@ class Config(Section):
                 "features.projection = 'factored' never sees single coordinates: it goes with keep = 1 and "
                 f"metric = 'euclidean', not keep = {self.features.keep} and metric = {self.features.metric!r}"
             )
+        if self.features.ranks > 1 and (self.features.metric == "adam" or self.features.score == "directional"):
+            raise ValueError(
+                f"features.ranks = {self.features.ranks} with metric = {self.features.metric!r} and score = "
+                f"{self.features.score!r}: several processes make plain projected gradients alone; set metric = "
+                "'euclidean' and score = 'cosine', or ranks = 1"
+            )
         if self.features.compare_full and not (
             self.policy.lora and self.evidence.source != "first_stage" and self.features.score == "cosine"
         ):
@@ -324,7 +383,38 @@ class Config(Section):
             raise ValueError("policy.chat_template is only used with policy.chat = true; set that, or leave it out")
         if not self.train.stages or min(self.train.stages) < 1:
             raise ValueError(f"train.stages = {self.train.stages}: give at least one stage of at least one step")
+        if self.cluster.runner:
+            self._fit_for_a_cluster()
         return self
+
+    def _fit_for_a_cluster(self) -> None:
+        cluster, device, generation = self.cluster, self.policy.device, self.generation
+        if cluster.address and not (self.catalog.startswith("postgresql") and self.objects):
+            raise ValueError(
+                f"cluster.address = {cluster.address!r} with catalog = {self.catalog!r}, objects = {self.objects!r}: "
+                "several machines write, so keep the catalog in Postgres and the files in a bucket, or leave the "
+                "address out for a Ray of this machine alone"
+            )
+        if (device == "cpu") != (cluster.gpus == 0):
+            raise ValueError(
+                f"cluster.gpus = {cluster.gpus:g} with policy.device = {device!r}: a part gets accelerators where the "
+                "policy is on one, and only then; give cluster.gpus = 1, or policy.device = 'cpu'"
+            )
+        if ":" in device:
+            raise ValueError(
+                f"policy.device = {device!r} with cluster.runner = {cluster.runner!r}: Ray says which accelerators a "
+                f"part has; use policy.device = {device.split(':')[0]!r}"
+            )
+        if generation.distributed_backend == "ray":
+            raise ValueError(
+                "generation.distributed_backend = 'ray' with cluster.runner = 'ray': an engine inside a Ray task would "
+                "wait for accelerators that the task itself holds; use distributed_backend = 'mp', or leave it out"
+            )
+        if generation.tensor_parallel_size > max(1, cluster.gpus):
+            raise ValueError(
+                f"generation.tensor_parallel_size = {generation.tensor_parallel_size} with cluster.gpus = "
+                f"{cluster.gpus:g}: a part samples with its own accelerators; give it as many"
+            )
 
 
 def load_config(path: str | Path) -> Config:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config
 from flows.engines import Engines
+from flows.pool import Pool, read_pool, read_prompts
 from flows.progress import Advance, Reporter
+from flows.windows import Windows
 from pipeline.records import keyed_seed
 
 if TYPE_CHECKING:
@@ -24,15 +24,8 @@ if TYPE_CHECKING:
     from pipeline.rewards import VerifierPool
     from stores.store import Store
 
-
-@dataclass(frozen=True)
-class _Pool:
-    """Who is in a pool: eligible prompts of each split, prompt_uids of the pool, those left out, and why."""
-
-    splits: dict[str, int]
-    eligible: pa.Array
-    out: pa.Array
-    reason: pa.Array
+Report = Callable[[str, int, tuple[int, str, str]], None]
+"""Takes the name of an arm, the number of a stage, and (step, policy, evaluation) of its newest checkpoint."""
 
 
 class Desk:
@@ -42,18 +35,28 @@ class Desk:
         config: the settings, with the seed of this run.
         folder: the run directory.
         store: where artifacts are kept.
-        verifiers: scores completions.
+        verifiers: scores completions; None where nothing is sampled.
         reporter: shows progress.
+        windows: what others see of the run, and what they decide.
     """
 
-    def __init__(self, config: Config, folder: Path, store: Store, verifiers: VerifierPool, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        store: Store,
+        verifiers: VerifierPool | None,
+        reporter: Reporter,
+        windows: Windows | None = None,
+    ) -> None:
         self.config, self.folder, self.store = config, folder, store
-        self.verifiers, self.reporter = verifiers, reporter
+        self._verifiers, self.reporter, self.windows = verifiers, reporter, windows or Windows()
         self.engines = Engines(self)
         self.advance: Advance = lambda n, note="": None  # of the bar that is on show
+        self.report: Report = lambda arm, stage, checkpoint: None  # to the trackers of ``report_to``
         self._prompts: dict[tuple[str, str], Prompts] = {}
         self._picked: tuple[tuple[str, tuple[str, ...]], Prompts] | None = None  # the stage that is trained on
-        self._pools: dict[str, _Pool] = {}
+        self._pools: dict[str, Pool] = {}
         self._held: tuple[str, Policy, Any] | None = None
         self.projections: dict[str, Projection] = {}  # by the name of their space
 
@@ -79,10 +82,21 @@ class Desk:
         """Keep a policy in memory under the key that it was stored by."""
         self._held = (key, policy, optimizer)
 
+    @property
+    def verifiers(self) -> VerifierPool:
+        """What scores completions."""
+        assert self._verifiers is not None, "this desk samples nothing"
+        return self._verifiers
+
+    def rest(self) -> None:
+        """Give memory back, an accelerator's too, before a wait of hours; what is needed again is loaded again."""
+        self._held = None
+        self.engines.close()
+
     def prompts(self, data: str, split: str) -> Prompts:
         """Return the eligible prompts of one split (``pool``, ``test`` or the name of a validation set)."""
         if (data, split) not in self._prompts:
-            self._prompts[data, split] = self._read_prompts(data, split)
+            self._prompts[data, split] = read_prompts(self.store, data, split)
         return self._prompts[data, split]
 
     def of_pool(self, data: str, uids: Sequence[str]) -> Prompts:
@@ -96,28 +110,10 @@ class Desk:
             found = (
                 self.prompts(data, "pool")
                 if (data, "pool") in self._prompts
-                else self._read_prompts(data, "pool", uids)
+                else read_prompts(self.store, data, "pool", uids)
             )
             self._picked = (key, found.take(found.rows_of(uids)))
         return self._picked[1]
-
-    def _read_prompts(self, data: str, split: str, uids: Sequence[str] | None = None) -> Prompts:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
-        from pipeline.records import Prompts
-
-        names, tables = [field.name for field in fields(Prompts)], self.store.tables
-        where = tables.arrow(data, ["prompt_uid", "split", "reason"])
-        ours = pc.and_(pc.equal(where["split"], split), pc.equal(where["reason"], ""))
-        if uids is not None:
-            ours = pc.and_(ours, pc.is_in(where["prompt_uid"], value_set=pa.array(uids, pa.string())))
-        parts, row = [], 0
-        for table in tables.scan(data, names):
-            parts.append(table.filter(ours.slice(row, len(table))))
-            row += len(table)
-        whole = pa.concat_tables(parts)
-        return Prompts.of({name: whole[name].to_pylist() for name in names})
 
     def splits(self, data: str) -> dict[str, int]:
         """Return the number of eligible prompts of each split, in the order in which they were read."""
@@ -135,23 +131,9 @@ class Desk:
         """Return the prompts of the pool that were left out when it was read, and the reason of each."""
         return self._pool(data).out, self._pool(data).reason
 
-    def _pool(self, data: str) -> _Pool:
-        import pyarrow as pa
-        import pyarrow.compute as pc
-
+    def _pool(self, data: str) -> Pool:
         if data not in self._pools:
-            splits, parts = Counter[str](), []
-            for table in self.store.tables.scan(data, ["prompt_uid", "split", "reason"]):
-                fit = pc.equal(table["reason"], "")
-                splits.update(dict.fromkeys(table["split"].unique().to_pylist(), 0))
-                for found in pc.value_counts(table["split"].filter(fit)).to_pylist():
-                    splits[found["values"]] += found["counts"]
-                parts.append(table.filter(pc.equal(table["split"], "pool")).select(["prompt_uid", "reason"]))
-            whole = pa.concat_tables(parts)
-            fit = pc.equal(whole["reason"], "")
-            eligible, out = whole["prompt_uid"].filter(fit), whole.filter(pc.invert(fit))
-            columns = (eligible, out["prompt_uid"], out["reason"])
-            self._pools[data] = _Pool(dict(splits), *(column.combine_chunks() for column in columns))
+            self._pools[data] = read_pool(self.store, data)
         return self._pools[data]
 
     @property
@@ -174,25 +156,42 @@ class Desk:
         """Load a full checkpoint by folder or name, with a stored adapter, or a fresh one where the settings ask."""
         from pipeline.policy import load_policy
 
+        return load_policy(checkpoint, device=self.config.policy.device, **self.loading(adapter))
+
+    def loading(self, adapter: Path | None) -> dict[str, Any]:
+        """Return how a checkpoint is loaded, wherever it goes: arguments of ``load_policy`` and ``load_sharded``."""
         settings, fresh = self.config.policy, self.adapter if adapter is None else None
-        return load_policy(
-            checkpoint,
-            adapter=adapter,
-            lora=fresh,
-            seed=fresh["seed"] if fresh else 0,
-            dtype=settings.dtype,
-            device=settings.device,
-            attention=settings.attention,
-            checkpointing=settings.checkpointing,
-            context=settings.context_length,
-            chat_template=self.chat_template,
-        )
+        return {
+            "adapter": adapter,
+            "lora": fresh,
+            "seed": fresh["seed"] if fresh else 0,
+            "dtype": settings.dtype,
+            "attention": settings.attention,
+            "checkpointing": settings.checkpointing,
+            "context": settings.context_length,
+            "chat_template": self.chat_template,
+        }
+
+    def source(self, key: str) -> tuple[str | Path, Path | None]:
+        """Return the folder or name of the full checkpoint that the policy of a key starts from, and its adapter."""
+        base = self.store.meta(key).get("adapter_of")
+        return (self._place(base), self.store.checkpoints.folder(key)) if base else (self._place(key), None)
+
+    def outline(self, key: str) -> Policy:
+        """Return the policy of a key with shapes in the place of weights, and without a tokenizer."""
+        from pipeline.policy import Policy
+        from pipeline.pretrained import skeleton
+
+        checkpoint, adapter = self.source(key)
+        how = {name: value for name, value in self.loading(adapter).items() if name in ("lora", "dtype", "attention")}
+        return Policy(skeleton(checkpoint, adapter=adapter, **how), None)
+
+    def let_go(self) -> None:
+        """Forget the policy in memory and its optimizer: other processes need the room."""
+        self._held = None
 
     def _read(self, key: str) -> Policy:
-        base = self.store.meta(key).get("adapter_of")
-        if base:
-            return self.open_base(self._place(base), self.store.checkpoints.folder(key))
-        return self.open_base(self._place(key))
+        return self.open_base(*self.source(key))
 
     def _place(self, key: str) -> str | Path:
         """Return the folder or name that a full checkpoint is loaded from."""

@@ -74,10 +74,11 @@ class Engines:
                 engine.sleep()
 
     def close(self) -> None:
-        """Stop what was started."""
+        """Stop what was started; what is asked for later is started again."""
         for engine in (self._vllm, self._server):
             if engine is not None:
                 engine.close()
+        self._vllm = self._server = self._holds = None
 
     def sampling(self, **changes: Any) -> Sampling:
         """Return the sampling distribution of the settings, with changes."""

@@ -9,21 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from flows import selections
-from flows.arms import Arm, Stage
+from flows.arms import Arm, Stage, kept
+from flows.config import load_config
 from flows.desk import Desk
+from flows.progress import Reporter
+
+PATIENCE = 600.0  # seconds that an export waits for another one of the same run
 
 
-def export(desk: Desk, data: str, curriculum: Arm, controls: Sequence[str]) -> Path:
+def export(desk: Desk, data: str, curriculum: Arm) -> Path:
     """Write the stages and their controls as a dataset bundle that trainers read."""
     from stores.bundles import write_bundle
 
-    stages = [_rows(desk, data, stage.selection, curriculum, stage) for stage in curriculum.stages]
-    random = [_rows(desk, data, key, curriculum, stage) for key, stage in zip(controls, curriculum.stages, strict=True)]
+    stages = [_rows(desk, data, stage.selection, stage) for stage in curriculum.stages]
+    random = [_rows(desk, data, stage.control, stage) for stage in curriculum.stages]
     with_images(stages + random)
     selection = selections.together(desk, [stage.selection for stage in curriculum.stages])
-    folder = desk.folder / "export"
-    write_bundle(folder, stages, random, selection, _manifest(desk, data, curriculum), _card(desk, curriculum))
+    folder, about = desk.folder / "export", (_manifest(desk, data, curriculum), _card(desk, curriculum))
+    with desk.store.leases.hold(f"export {desk.config.name}", patience=PATIENCE):
+        write_bundle(folder, stages, random, selection, *about)
     return folder
+
+
+def export_kept(folder: Path, reporter: Reporter, seed: int | None = None) -> Path:
+    """Write the bundle of the stages that are finished in a run directory, while its run may go on."""
+    from flows.collecting import open_other
+
+    config, store = load_config(folder / "config.toml"), open_other(folder)
+    data, found, arm = kept(store, seed)
+    return export(Desk(config.model_copy(update={"seed": found}), folder, store, None, reporter), data, arm)
 
 
 def with_images(subsets: Sequence[dict[str, list[Any]]]) -> None:
@@ -37,12 +51,11 @@ def with_images(subsets: Sequence[dict[str, list[Any]]]) -> None:
         columns |= {"prompt": [turns for turns, _ in pairs], "images": [images for _, images in pairs]}
 
 
-def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict[str, list[Any]]:
+def _rows(desk: Desk, data: str, selection: str, stage: Stage) -> dict[str, list[Any]]:
     """Return one exported stage: prompts in rank order, with what was known of each."""
     table = selections.stage(desk, selection)
     uids = table["prompt_uid"]
     part = desk.of_pool(data, uids)
-    policy = arm.start if stage.number == 0 else arm.stages[stage.number - 1].checkpoints[-1][1]
     known = ("score_influence", "score_wmi", "pass_rate", "alpha", "beta", "n_obs", "ess", "log_ratio_p99")
     return {
         "prompt_uid": uids,
@@ -55,7 +68,7 @@ def _rows(desk: Desk, data: str, selection: str, arm: Arm, stage: Stage) -> dict
         "stage": [stage.number] * len(uids),
         "rank": list(range(len(uids))),
         "weight": [1.0] * len(uids),
-        "policy_id": [policy] * len(uids),
+        "policy_id": [stage.policy] * len(uids),
         **{name: table[name] for name in known},
     }
 

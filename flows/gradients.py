@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from flows import evidence
+from flows import evidence, generations
 from flows.desk import Desk
 from pipeline.columns import texts
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from pipeline.features import Projection
     from pipeline.policy import Policy
-    from pipeline.records import Rollouts
-    from pipeline.staleness import Staleness
 
 WEIGHTS_DIM = 1024  # of the factored sketch that weights are made from: importance ranks as exact at .97
 
@@ -82,19 +80,6 @@ def way(desk: Desk, policy: str) -> str:
     return found
 
 
-class Watched:
-    """Describes the evidence of each prompt by the log-probabilities that a gradient pass makes anyway."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[list[str], Staleness]] = []
-
-    def __call__(self, rollouts: Rollouts, logp_new: np.ndarray) -> None:
-        """See the whole groups of some passes."""
-        from pipeline.staleness import of_rollouts
-
-        self.found.append(of_rollouts(rollouts, logp_new))
-
-
 def featurize(
     desk: Desk, policy: str, uids: Sequence[str], rollouts: Sequence[str], label: str, *, name: str = "features"
 ) -> list[str]:
@@ -102,48 +87,35 @@ def featurize(
     from pipeline.features import sketch_gradients
     from pipeline.records import Rollouts
 
-    settings, size, keys = desk.config.features, desk.config.evidence.shard, []
-    latest, loaded = evidence.latest_of(desk, rollouts, uids), desk.load(policy)
-    held, where = latest.held.tolist(), space(desk, loaded, name)
+    latest = evidence.latest_of(desk, rollouts, uids)
+    held = [uids[place] for place in latest.held.tolist()]
+    if desk.config.features.ranks > 1:
+        from flows import ranks
+
+        return ranks.featurize(desk, policy, held, rollouts, label, name=name)
+    loaded, place = desk.load(policy), dict(zip(held, latest.held.tolist(), strict=True))
+    where = space(desk, loaded, name)
     metric = optimizer_metric(desk, policy, loaded) if where.metric == "adam" else None
+    shards = generations.shards_of(desk, policy, held, rollouts, where)
     with desk.reporter.bar(f"gradients, {label}", len(held)) as advance:
-        for start in range(0, len(held), size):
-            shard = [uids[place] for place in held[start : start + size]]
-            key = desk.store.key(
-                "gradients",
-                policy=policy,
-                adapter=desk.adapter,
-                projection=where.projection.identity,
-                metric=where.metric,
-                objective=settings.objective,
-                prompts=shard,
-                rollouts=list(rollouts),
-                recent=desk.config.evidence.recent,
-            )
-            keys.append(key)
+        for key, shard in shards.items():
             if not desk.store.done(key):
-                part, watched = Rollouts.of(latest.read(held[start : start + size])), Watched()
+                part, watched = Rollouts.of(latest.read([place[uid] for uid in shard])), generations.Watched()
                 found, rows = sketch_gradients(
                     loaded,
                     part,
-                    settings.objective,
+                    desk.config.features.objective,
                     where.projection,
                     micro_tokens=desk.config.policy.micro_tokens,
                     metric=metric,
                     scope=where.scope,
                     watch=watched,
                 )
-                meta = {
-                    "policy": policy,
-                    "projection": desk.store.key("projection", **where.projection.identity),
-                    "objective": settings.objective,
-                }
-                if name == "features":  # before the gradients, so that these are never without it
-                    evidence.write_staleness(desk, evidence.staleness_key(desk, key), watched.found)
-                alive = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
-                desk.store.gradients.write(key, [found[i] for i in alive], rows[alive], meta)
+                generations.write_generation(
+                    desk, key, policy, where, found, rows, watched if name == "features" else None
+                )
             advance(len(shard))
-    return keys
+    return list(shards)
 
 
 def score(desk: Desk, pool: Sequence[str], targets: Mapping[str, tuple[Sequence[str], int]]) -> str:

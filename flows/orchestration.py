@@ -1,50 +1,42 @@
-"""The loop as a Prefect flow: each step a task, so that a person can watch it. The door to ``prefect``.
+"""The loop as a Prefect flow: each step a task, so that a person can watch it.
 
 Prefect schedules and shows; it never records. Tasks are not cached and keep no result, because the stores decide what
-is done already. Telemetry is off, the server listens on loopback alone, and its files stay in the run directory.
+is done already. A task is tried again only after what may pass by itself: an outage, a time limit, a lost process.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from flows.config import Config
+from flows.do import Wrap
 from flows.progress import Reporter
+from flows.server import quieten, server
 
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
-    "PREFECT_LOGGING_LEVEL": "CRITICAL",  # a failed step is told once, by the command line
-    "PREFECT_LOGGING_TO_API_ENABLED": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-}
-START_LIMIT = 240.0  # seconds until the server must answer: half a minute on an idle laptop, much more on a busy one
+GPU = "gpu"
+"""The global concurrency limit that is held while a step computes on an accelerator."""
+COMPUTES = frozenset(
+    {"collect", "refresh", "featurize", "score_directional", "score_full", "train", "evaluate", "start_policy"}
+)
+WAITS = (10.0, 60.0, 300.0)  # seconds before each new try of a step
+SILENT = {"PREFECT_LOGGING_LEVEL": "CRITICAL", "PREFECT_LOGGING_TO_API_ENABLED": "false"}
+"""On the command line a failed step is told once, by the command line."""
 
 
 def run_as_flow(config: Config, folder: Path, reporter: Reporter, *, seeds: Sequence[int]) -> dict[str, Any]:
     """Run the loop as a Prefect flow: against the server of ``PREFECT_API_URL``, else a temporary one on loopback."""
     home = folder.absolute() / "prefect"
-    home.mkdir(parents=True, exist_ok=True)
-    for name, value in {**QUIET, "PREFECT_HOME": str(home)}.items():
+    quieten(home)
+    for name, value in SILENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("PREFECT_API_URL"):
         return _flow(config, folder, reporter, seeds)
-    reporter.line("starting a temporary Prefect server, about half a minute (--no-prefect runs without)")
-    with _temporary_server(home) as url:
+    reporter.line("starting a temporary Prefect server (--no-prefect runs without)")
+    with server(home) as url:
         os.environ["PREFECT_API_URL"] = url
         try:
             return _flow(config, folder, reporter, seeds)
@@ -53,65 +45,61 @@ def run_as_flow(config: Config, folder: Path, reporter: Reporter, *, seeds: Sequ
 
 
 def _flow(config: Config, folder: Path, reporter: Reporter, seeds: Sequence[int]) -> dict[str, Any]:
-    from prefect import flow, task
-    from prefect.cache_policies import NO_CACHE
+    from prefect import flow
 
+    from flows.pages import Pages, with_progress
     from flows.run import run
-
-    def wrap(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return step(*args, **kwargs)
-
-        return task(name=name, cache_policy=NO_CACHE, persist_result=False)(call)
 
     @flow(name="curriculum", flow_run_name=config.name, persist_result=False, validate_parameters=False)
     def curriculum() -> dict[str, Any]:
-        return run(config, folder, reporter, seeds=seeds, wrap=wrap)
+        shown = with_progress(reporter)
+        return run(config, folder, shown, seeds=seeds, wrap=tasks(config), windows=Pages(folder, seeds[0]))
 
     return curriculum()
 
 
-@contextmanager
-def _temporary_server(home: Path) -> Iterator[str]:
-    """Start a server that ends with this process, however this process ends; its output goes to a file."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    spec = find_spec("prefect")
-    assert spec is not None and spec.origin is not None
-    command = [sys.executable, "-m", "uvicorn", "--app-dir", str(Path(spec.origin).parent.parent), "--factory"]
-    command += ["prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
-    with (home / "server.log").open("ab") as log:
-        server = subprocess.Popen(
-            [*command, "--log-level", "error"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            preexec_fn=_die_with_parent,
-        )
+def tasks(config: Config) -> Wrap:
+    """Return what makes a Prefect task of each step."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+    from prefect.concurrency.sync import concurrency
+
+    from flows.cluster import spread
+
+    trying: dict[str, Any] = {
+        "cache_policy": NO_CACHE,
+        "persist_result": False,
+        "retries": len(WAITS),
+        "retry_delay_seconds": list(WAITS),
+        "retry_jitter_factor": 0.3,
+        "retry_condition_fn": _may_pass,
+    }
+
+    def wrap(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        if name == "release":  # a flow can be suspended, a task cannot
+            return step
+        limited = name in COMPUTES and config.policy.device != "cpu"
+        placed = spread(config, name, step, trying)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with concurrency(GPU) if limited else nullcontext():
+                return placed(*args, **kwargs)
+
+        return task(name=name, **trying)(call)
+
+    return wrap
+
+
+def _may_pass(task: Any, run: Any, state: Any) -> bool:
+    """Return whether a step failed of what may pass by itself."""
+    from flows.isolation import Lost, Overdue
+    from pipeline.generation.server import Unreachable as NoServer
+    from stores.errors import Unreachable as NoStore
+
     try:
-        _wait_until_healthy(f"http://127.0.0.1:{port}/api/health", server, home / "server.log")
-        yield f"http://127.0.0.1:{port}/api"
-    finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def _wait_until_healthy(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + START_LIMIT
-    while time.monotonic() < limit and server.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.25)
-    raise OSError(f"the temporary Prefect server did not start, see {log}; --no-prefect runs without it")
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies, also by SIGKILL; elsewhere do nothing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        state.result()
+    except (Lost, Overdue, NoServer, NoStore):
+        return True
+    except Exception:
+        return False
+    return False

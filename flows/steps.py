@@ -23,6 +23,7 @@ def select(desk: Desk, data: str, rollouts: Sequence[str], excluded: np.ndarray,
     from pipeline.curriculum import select_by_influence
 
     settings, seed = desk.config.select, desk.seed("select", stage)
+    excluded = np.asarray(excluded, np.int8)  # JSON has lists
     key = desk.store.key(
         "selection",
         data=data,

@@ -78,19 +78,23 @@ def write_text(path: Path, text: str) -> None:
 
 def write_metrics(folder: Path, desk: Desk, arms: Sequence[Arm], *, append: bool) -> None:
     """Write one line an optimizer step, and one an evaluation."""
-    lines = []
-    for arm in arms:
-        for stage in arm.stages:
-            for step, policy, evaluation in stage.checkpoints:
-                where = {"seed": desk.config.seed, "arm": arm.name, "stage": stage.number}
-                lines += [json.dumps(where | m, sort_keys=True) for m in desk.store.meta(policy)["metrics"]]
-                lines.append(
-                    json.dumps(
-                        where | {"step": step, "evaluation": desk.store.meta(evaluation)["sets"]}, sort_keys=True
-                    )
-                )
+    lines = [
+        json.dumps(row, sort_keys=True)
+        for arm in arms
+        for stage in arm.stages
+        for checkpoint in stage.checkpoints
+        for row in rows(desk, arm.name, stage.number, checkpoint)
+    ]
     with (folder / "metrics.jsonl").open("a" if append else "w") as file:
         file.write("".join(line + "\n" for line in lines))
+
+
+def rows(desk: Desk, arm: str, stage: int, checkpoint: tuple[int, str, str]) -> list[dict[str, Any]]:
+    """Return what a checkpoint adds to the metrics: a row an optimizer step, and then one of the evaluation."""
+    step, policy, evaluation = checkpoint
+    where = {"seed": desk.config.seed, "arm": arm, "stage": stage}
+    steps = [where | metrics for metrics in desk.store.meta(policy)["metrics"]]
+    return [*steps, where | {"step": step, "evaluation": desk.store.meta(evaluation)["sets"]}]
 
 
 def _arm(desk: Desk, data: str, arm: Arm) -> dict[str, Any]:

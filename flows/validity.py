@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from flows import gradients
-from flows.curriculum import Do, run_curriculum
+from flows.curriculum import run_curriculum
 from flows.desk import Desk
+from flows.do import Do
 from flows.progress import Reporter
 from flows.run import plain
 from flows.summary import write_json

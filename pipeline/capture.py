@@ -93,14 +93,14 @@ def capture(
         model: rows of its inputs are independent of each other.
         rows: how many there are.
         handler: called for each use of a layer, from the last to the first.
-        scope: the layers, all that train by default; their weights are frozen meanwhile.
+        scope: the layers, all that train by default; their weights are frozen meanwhile, and stay so if they were.
         entered: freeze them only from the moment that this module is entered: what comes before it still trains.
 
     Raises:
         ValueError: nothing is trainable, or a layer's first axis is not the rows, so that they cannot be told apart.
     """
     scope = everything(model) if scope is None else scope
-    parameters = list(parameters_of(scope).values())
+    parameters = [p for p in parameters_of(scope).values() if p.requires_grad]
 
     def freeze(*_: object) -> None:
         for p in parameters:

@@ -66,9 +66,7 @@ def sketch_gradients(
         backward(policy, rollouts, objective, handler, parts, uids, scope=scope, watch=watch)
         sketches.append(projection.finish(table).cpu().numpy())
     rows = np.concatenate(sketches) if sketches else np.empty((0, projection.dim_out), np.float32)
-    finite = np.isfinite(rows).all(axis=1)
-    if not finite.all():
-        _complain(policy, rollouts, objective, uids[int(np.flatnonzero(~finite)[0])], micro_tokens)
+    refuse_infinite(policy, rollouts, objective, uids, rows, micro_tokens)
     return uids, rows
 
 
@@ -172,8 +170,18 @@ def _factored(projection: FactoredProjection, layer: Layer) -> list[Tensor]:
     return []
 
 
-def _complain(policy: Policy, rollouts: Rollouts, objective: str, uid: str, micro_tokens: int) -> None:
-    """Find the parameter whose gradient is not finite, and raise."""
+def refuse_infinite(
+    policy: Policy, rollouts: Rollouts, objective: str, uids: list[str], rows: np.ndarray, micro_tokens: int
+) -> None:
+    """Where the sketch of a prompt is not finite, find the parameter whose gradient is not, and raise.
+
+    Raises:
+        FloatingPointError: it names the first such prompt and its parameter.
+    """
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if not len(bad):
+        return
+    uid = uids[int(bad[0])]
     broken: list[str] = []
 
     def sink(name: str, prompts: slice, grads: Tensor, rows: Tensor | None = None) -> None:

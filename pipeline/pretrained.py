@@ -47,15 +47,22 @@ def load_tokenizer(checkpoint: str | Path, *, chat_template: str = "", gguf: str
 
 
 def skeleton(
-    checkpoint: str | Path, *, lora: dict[str, Any] | None = None, dtype: str = "float32", gguf: str = ""
+    checkpoint: str | Path,
+    *,
+    adapter: Path | None = None,
+    lora: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    gguf: str = "",
 ) -> Any:
     """Return the model of a checkpoint without its weights, on the device ``meta``, from its configuration alone.
 
-    ``gguf`` names a file in the checkpoint's folder that holds the configuration.
+    It has the layers of the adapter that is given or asked for. ``gguf`` names a file in the checkpoint's folder that
+    holds the configuration.
 
     Raises:
         FileNotFoundError: the checkpoint is neither a folder with a config nor a name the hub cache knows.
-        ValueError: its weights are pickled, or LoRA's targets name no layer.
+        ValueError: its weights are pickled, there is no adapter in its folder, or LoRA's targets name no layer.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -64,7 +71,11 @@ def skeleton(
     with found(checkpoint):
         config = AutoConfig.from_pretrained(str(checkpoint), **options(gguf))
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model: Any = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+        if adapter is not None:
+            return _hollow_adapter(model, adapter)
         return add_adapter(model, None, lora, 0) if lora is not None else model
 
 
@@ -127,14 +138,7 @@ def add_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None, s
     from peft import LoraConfig, PeftModel, get_peft_model
 
     if adapter is not None:
-        if not (adapter / "adapter_config.json").is_file():
-            raise ValueError(
-                f"adapter = {str(adapter)!r} holds no adapter_config.json; give the folder of a saved adapter"
-            )
-        if not (adapter / "adapter_model.safetensors").is_file():
-            raise ValueError(
-                f"adapter = {str(adapter)!r} holds no adapter_model.safetensors; pickled weights are not read"
-            )
+        _refuse_unusable_adapter(adapter)
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     assert lora is not None
     torch.manual_seed(seed)  # peft draws A from the global generator
@@ -152,3 +156,22 @@ def add_adapter(model: Any, adapter: Path | None, lora: dict[str, Any] | None, s
         raise ValueError(
             f"lora.targets = {lora['targets']!r} names no layer of this model; its linear layers are {sorted(linear)}"
         ) from error
+
+
+def _hollow_adapter(model: Any, adapter: Path) -> Any:
+    """Return the model with the layers of a saved adapter, but none of its weights."""
+    from peft import PeftConfig, get_peft_model
+
+    _refuse_unusable_adapter(adapter)
+    config = PeftConfig.from_pretrained(str(adapter))
+    config.inference_mode = False  # it is saved as one that does not train
+    return get_peft_model(model, config)
+
+
+def _refuse_unusable_adapter(adapter: Path) -> None:
+    for name, remedy in (
+        ("adapter_config.json", "give the folder of a saved adapter"),
+        ("adapter_model.safetensors", "pickled weights are not read"),
+    ):
+        if not (adapter / name).is_file():
+            raise ValueError(f"adapter = {str(adapter)!r} holds no {name}; {remedy}")

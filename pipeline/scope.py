@@ -57,16 +57,21 @@ def last_block(model: nn.Module) -> tuple[nn.Module, Scope]:
     Raises:
         ValueError: the model has no list of blocks, or nothing in its last block or head trains.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
+    blocks = blocks_of(model)
+    if not blocks:
         raise ValueError(f"{type(model).__name__} has no list of blocks; use the exact way")
-    blocks = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
     before = {id(m) for block in blocks[:-1] for m in block.modules()}
     whole = everything(model)
     scope = {m: names for m, names in whole.items() if id(m) not in before and not isinstance(m, nn.Embedding)}
     if not scope:
         raise ValueError("nothing in the last block or the head trains; use the exact way, or adapt those layers")
     return blocks[-1], scope
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the transformer blocks, first to last: the longest list of layers by parameters, or nothing."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=()))
 
 
 def parameters_of(scope: Scope) -> dict[str, Tensor]:

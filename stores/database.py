@@ -20,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import NullPool
 
 from stores import schema
-from stores.errors import Damaged, StoreError
+from stores.errors import Damaged, StoreError, Unreachable
 
 _LOCK = 0x1F1E37  # names the advisory lock by which writers take turns on Postgres
 _PRAGMAS = ("busy_timeout=60000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON")
@@ -84,7 +84,7 @@ class Database:
             raise ValueError(f"catalog {self.name} cannot hold a value: {error.orig}; change it") from error
         except (OperationalError, InterfaceError, PoolTimeoutError) as error:
             why = getattr(error, "orig", error)
-            raise StoreError(
+            raise Unreachable(
                 f"catalog {self.name}: {why}; check the disk and the database, then repeat the step: "
                 "a repeated commit changes nothing"
             ) from error

@@ -5,6 +5,10 @@ class StoreError(Exception):
     """A store cannot do what was asked; the message names the file or key and the remedy."""
 
 
+class Unreachable(StoreError):
+    """A database or a bucket does not answer, or a disk refuses: it may pass, and the step may be repeated."""
+
+
 class Damaged(StoreError):
     """A file is not, byte for byte, what the catalog says it is."""
 

@@ -83,15 +83,16 @@ class Leases:
                 _write(connection, replace(lease, expires_at=0.0), new=False)
 
     @contextmanager
-    def hold(self, name: str, seconds: float = 60.0) -> Iterator[Lease]:
+    def hold(self, name: str, seconds: float = 60.0, *, patience: float = 0.0) -> Iterator[Lease]:
         """Hold a lease while the block runs, renewed from a thread in the background.
 
-        A lease that somebody holds is watched until it expires, or is seen to be renewed.
+        A lease that somebody holds is watched until it expires, or is seen to be renewed, or is given back within
+        `patience` seconds.
 
         Raises:
             Fenced: somebody holds it, and goes on.
         """
-        lease, done = self._await(name, seconds), threading.Event()
+        lease, done = self._await(name, seconds, time.monotonic() + patience), threading.Event()
 
         def renew() -> None:
             while not done.wait(seconds / 3):
@@ -111,14 +112,17 @@ class Leases:
             thread.join()
             self.release(lease)
 
-    def _await(self, name: str, seconds: float) -> Lease:
-        try:
-            return self.acquire(name, seconds)
-        except Fenced:
-            seen = self._expiry(name)
-            while time.time() < seen and self._expiry(name) == seen:
-                time.sleep(min(0.25, seconds / 20))
-            return self.acquire(name, seconds)
+    def _await(self, name: str, seconds: float, until: float) -> Lease:
+        seen = self._expiry(name)
+        while True:
+            try:
+                return self.acquire(name, seconds)
+            except Fenced:
+                patient, expiry = time.monotonic() < until, self._expiry(name)
+                if expiry != seen and not patient:  # it was renewed: the holder goes on
+                    raise
+                seen = expiry
+                time.sleep(min(1.0 if patient else 0.25, seconds / 20))
 
     def _expiry(self, name: str) -> float:
         with self._database.transaction() as connection:

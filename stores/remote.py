@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 
 from stores import disk
-from stores.errors import Damaged, Missing, StoreError
+from stores.errors import Damaged, Missing, StoreError, Unreachable
 from stores.objects import File, Objects
 
 PROTOCOLS = ("s3",)
@@ -150,7 +150,7 @@ class RemoteObjects(Objects):
         except FileNotFoundError as error:
             raise StoreError(f"{self.name}: {error}; create the bucket, or name one that is there") from error
         except Exception as error:  # each provider's library has its own, beside OSError
-            raise StoreError(
+            raise Unreachable(
                 f"{self._url(digest)}: {error}; check bucket, network and credentials, and repeat"
             ) from error
 

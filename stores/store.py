@@ -106,13 +106,13 @@ class Store:
         return Leases(self.catalog.database)
 
     @contextmanager
-    def hold(self, name: str, seconds: float = 60.0) -> Iterator[Lease]:
+    def hold(self, name: str, seconds: float = 60.0, *, patience: float = 0.0) -> Iterator[Lease]:
         """Hold a lease while the block runs: what this store commits meanwhile is refused once somebody took it over.
 
         Raises:
-            Fenced: somebody else holds it, and goes on.
+            Fenced: somebody else holds it, and goes on for longer than `patience` seconds.
         """
-        with self.leases.hold(name, seconds) as lease:
+        with self.leases.hold(name, seconds, patience=patience) as lease:
             before, self.lease = self.lease, lease
             try:
                 yield lease

@@ -30,7 +30,7 @@ from hypothesis import settings
 from pipeline.embedded.warm_start import character_tokenizer, untrained_policy
 from pipeline.policy import Policy, collate, token_logps
 from pipeline.records import Prompts, Rollouts, canonical, prompt_uid
-from tests.servers import bucket, postgres  # noqa: F401  fixtures
+from tests.servers import bucket, postgres, prefect  # noqa: F401  fixtures
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
@@ -40,6 +40,14 @@ settings.load_profile("repeatable")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--torture N``: N times the rounds of tests that kill, damage and interrupt."""
     parser.addoption("--torture", type=int, default=1, metavar="N", help="N times the rounds of the stores' trials")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With pytest-xdist, say which tests go together."""
+    if config.pluginmanager.hasplugin("xdist"):
+        from tests.workers import ByFile
+
+        config.pluginmanager.register(ByFile())
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,12 @@ DOORS = {
         *(f"stores/migrations/versions/{name}.py" for name in ("v0001_artifacts", "v0002_seals")),
     },
     "fsspec": {"stores/remote.py"},
-    "prefect": {"flows/orchestration.py"},
+    "prefect": {f"flows/{name}.py" for name in ("cluster", "deploy", "deployments", "orchestration", "pages")},
+    "prefect_ray": {"flows/cluster.py"},
+    "ray": {"flows/cluster.py"},
+    "accelerate": {"flows/tracking.py"},
+    "mlflow": {"flows/tracking.py"},
+    "trackio": {"flows/tracking.py"},
     "rich": {"flows/progress.py"},
     "pebble": {"pipeline/rewards.py"},
 }

@@ -28,6 +28,10 @@ class ServerError(RuntimeError):
     """The server could not be reached, refused a request, or answered what makes no group."""
 
 
+class Unreachable(ServerError):
+    """The server does not answer: it may pass."""
+
+
 class ServerGenerate:
     """Sampling from a server's model.
 
@@ -150,13 +154,13 @@ class ServerGenerate:
                 break
             except TROUBLE as error:
                 if pause is None:
-                    raise ServerError(
+                    raise Unreachable(
                         f"{what}: {self.url} cannot be reached after {number + 1} tries ({type(error).__name__}: "
                         f"{error}): start the server, or mend generation.url"
                     ) from None
                 time.sleep(pause)
             except httpx.TimeoutException as error:
-                raise ServerError(
+                raise Unreachable(
                     f"{what}: {self.url} did not answer within {self.timeout:g} s ({type(error).__name__}): raise "
                     "generation.timeout, or ask for fewer or shorter completions"
                 ) from None

@@ -32,7 +32,8 @@ def finished(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 @pytest.fixture(scope="session")
 def _begun(tiny: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from flows.curriculum import Do, Reached, run_seed
+    from flows.curriculum import run_seed
+    from flows.do import Do, Reached
     from flows.progress import Reporter
     from flows.run import open_desk, plain
 

@@ -77,7 +77,7 @@ def _run(request: dict[str, Any]) -> None:
     from tests.flows.tiny import quiet
 
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    _watch(log, request.get("commit"))
+    watch(log, request.get("commit"))
     ended = 0
 
     def wrap(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def _run(request: dict[str, Any]) -> None:
     os.write(log, f"steps {ended}\n".encode())
 
 
-def _watch(log: int, fatal: int | None) -> None:
+def watch(log: int, fatal: int | None) -> None:
     """Log every computation and every commit, and die before the checkpoint with the number ``fatal``."""
     from stores.catalog import Catalog
 

@@ -223,3 +223,47 @@ def test_engines_are_set_up_as_they_can_be_meant(read: Read, text: str, said: st
     """A setting of another engine, or a combination that no engine can follow, is refused with its value and a remedy."""
     with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
         read(text)
+
+
+ON_GPUS = '[policy]\ncheckpoint = "somewhere"\ndevice = "cuda"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[cluster]\nparts = 8", "parts = 8 without a runner: set runner = 'ray'"),
+        ('[cluster]\nrunner = "ray"\naddress = "auto"', "address = 'auto' with catalog = ''.*in Postgres"),
+        ('catalog = "postgresql://x/y"\n[cluster]\nrunner = "ray"\naddress = "auto"', "objects = ''.*a bucket"),
+        ('[cluster]\nrunner = "ray"\ngpus = 1', "gpus = 1 with policy.device = 'cpu'.*or policy.device = 'cpu'"),
+        (ON_GPUS + '[cluster]\nrunner = "ray"', "gpus = 0 with policy.device = 'cuda'.*give cluster.gpus = 1"),
+        (ON_GPUS.replace("cuda", "cuda:1") + '[cluster]\nrunner = "ray"\ngpus = 1', "use policy.device = 'cuda'"),
+        (ON_GPUS + '[cluster]\nrunner = "ray"\ngpus = 1.5', "gpus = 1.5.*give a whole number"),
+        (
+            ON_GPUS + '[generation]\nengine = "vllm"\ntensor_parallel_size = 2\n[cluster]\nrunner = "ray"\ngpus = 1',
+            "tensor_parallel_size = 2 with cluster.gpus = 1.*give it as many",
+        ),
+        (
+            ON_GPUS + '[generation]\nengine = "vllm"\ntensor_parallel_size = 2\ndistributed_backend = "ray"\n'
+            '[cluster]\nrunner = "ray"\ngpus = 2',
+            "distributed_backend = 'ray' with cluster.runner = 'ray'.*use distributed_backend = 'mp'",
+        ),
+    ],
+)
+def test_a_cluster_is_set_up_as_it_can_be_meant(tmp_path: Path, text: str, said: str):
+    """Parts without a runner, several machines without shared stores, or accelerators that do not add up are refused."""
+    import tomli_w
+
+    settings = MINIMAL | tomllib.loads(text)
+    (tmp_path / "x.toml").write_text(tomli_w.dumps(settings))
+    with pytest.raises(ConfigError, match=re.compile(said, re.DOTALL)):
+        load_config(tmp_path / "x.toml")
+
+
+def test_a_cluster_that_can_be_meant_is_read(tmp_path: Path):
+    """A Ray of this machine, and one of several with shared stores and two accelerators a part, are accepted."""
+    import tomli_w
+
+    far = 'catalog = "postgresql+psycopg://x/y"\nobjects = "s3://b/i"\n' + ON_GPUS + "[cluster]\ngpus = 2\n"
+    for text in ('[cluster]\nrunner = "ray"', far + 'runner = "ray"\naddress = "ray://head:10001"'):
+        (tmp_path / "x.toml").write_text(tomli_w.dumps(MINIMAL | tomllib.loads(text)))
+        assert load_config(tmp_path / "x.toml").cluster.runner == "ray"

@@ -14,7 +14,8 @@ import torch
 
 from flows import evidence
 from flows.config import Config
-from flows.curriculum import Do, Reached, run_seed
+from flows.curriculum import run_seed
+from flows.do import Do, Reached
 from flows.engines import Engines
 from flows.progress import Reporter
 from flows.run import open_desk, plain

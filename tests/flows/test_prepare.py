@@ -25,10 +25,13 @@ from flows.config import load_config
 from flows.progress import Reporter
 from flows.run import open_desk
 
-with open_desk(load_config(sys.argv[1]), Path(sys.argv[2]), Reporter(quiet=True)) as desk:
-    key = prepare.start_policy(desk)
-    assert desk.load(key).trainable()
-    print(key, desk.store.meta(key)["fingerprint"]["revision"])
+main, config, folder, *revisions = sys.argv[1:]
+for revision in revisions:
+    Path(main).write_text(revision)
+    with open_desk(load_config(config), Path(folder), Reporter(quiet=True)) as desk:
+        key = prepare.start_policy(desk)
+        assert desk.load(key).trainable()
+        print(key, desk.store.meta(key)["fingerprint"]["revision"])
 """
 
 
@@ -80,19 +83,17 @@ def test_another_revision_of_a_named_model_is_another_policy(inputs: Path, tmp_p
     from flows.config import to_toml
 
     (tmp_path / "named.toml").write_text(to_toml(config))
-    found = []
-    for revision in ("a" * 40, "b" * 40, "a" * 40):
+    revisions = ["a" * 40, "b" * 40, "a" * 40]
+    for revision in revisions:
         copytree(inputs / "checkpoint", model / "snapshots" / revision, dirs_exist_ok=True)
-        (model / "refs" / "main").write_text(revision)
-        told = subprocess.run(
-            [sys.executable, "-c", NAMED, str(tmp_path / "named.toml"), str(tmp_path / "run")],
-            cwd=ROOT,
-            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        key, known = told.stdout.split()
-        assert known == revision
-        found.append(key)
+    told = subprocess.run(
+        [sys.executable, "-c", NAMED, model / "refs" / "main", tmp_path / "named.toml", tmp_path / "run", *revisions],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found, known = zip(*(line.split() for line in told.stdout.splitlines()), strict=True)
+    assert list(known) == revisions
     assert found[0] == found[2] != found[1]

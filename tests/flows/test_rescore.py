@@ -10,7 +10,8 @@ import pytest
 
 from flows.cli import main
 from flows.config import Config, to_toml
-from flows.curriculum import Do, Reached, run_seed
+from flows.curriculum import run_seed
+from flows.do import Do, Reached
 from flows.progress import Reporter
 from flows.run import open_desk, plain
 from pipeline.records import canonical

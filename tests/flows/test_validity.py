@@ -10,7 +10,7 @@ import pytest
 
 from flows.cli import main
 from flows.config import Config, to_toml
-from flows.curriculum import STEPS
+from flows.do import STEPS
 from flows.progress import Reporter
 from flows.run import open_desk
 from flows.validity import FILE, measure, newest, stored
@@ -18,7 +18,7 @@ from pipeline.scorers import SCORERS
 from stores import open_store
 from tests.flows.tiny import keys_of, quiet
 
-PROMPTS = 24  # the whole tiny pool
+PROMPTS = 8  # of the 24 of the tiny pool
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_the_report_shows_what_was_measured(tiny: Config, finished: tuple[Path, 
         measure(desk, PROMPTS)
     quiet(tiny, folder)
     page = (folder / "report.html").read_text()
-    assert "Not measured in this run" not in page and "after 6 steps: 24 prompts with 8 rollouts" in page
+    assert "Not measured in this run" not in page and f"after 6 steps: {PROMPTS} prompts with 8 rollouts" in page
     (folder / FILE).write_text(json.dumps({"key": "validity-" + "0" * 24}))
     with open_desk(tiny, folder, Reporter(quiet=True)) as desk:
         assert stored(desk) is None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flows.config import Config, load_config
-from flows.curriculum import STEPS
+from flows.do import STEPS
 from flows.progress import Reporter
 from flows.run import run
 

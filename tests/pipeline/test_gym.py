@@ -26,10 +26,11 @@ def test_a_task_that_never_ends_is_refused_by_name(tmp_path: Path, monkeypatch: 
     text = FOREVER.format(module="chain_sum", name="ChainSumDataset", method=method)
     (tmp_path / "sitecustomize.py").write_text(text)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(gym, "SECONDS", (8.0, 1.0))
     began = time.monotonic()
-    with pytest.raises(ValueError, match=r"'reasoning-gym/chain_sum' did not make its 2 entries .* within 10 s"):
-        load_prompts({"path": "reasoning-gym/chain_sum", "size": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(gym, "SECONDS", (4.0, 1.0))
+        with pytest.raises(ValueError, match=r"'reasoning-gym/chain_sum' did not make its 2 entries .* within 6 s"):
+            load_prompts({"path": "reasoning-gym/chain_sum", "size": 2})
     assert time.monotonic() - began < 30
     other = load_prompts({"path": "reasoning-gym/gcd", "size": 1})  # only that task hangs
     assert other.data_source == ("reasoning-gym/gcd",)

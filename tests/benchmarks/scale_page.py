@@ -82,7 +82,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             axes.grid(color="#eceef1")
             axes.set_axisbelow(True)
         figure.axes[1].yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:g}"[-1] in "25" else ""))
-        figure.legend(loc="outside lower center", ncols=6, frameon=False)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 

@@ -259,7 +259,7 @@ def test_near_repeats_are_left_out_when_asked(settle: Settle, inputs: Path, tmp_
     for near in (0.0, 0.6):
         sources = {"pool": [{"path": str(tmp_path / "more.jsonl"), "data_source": "tiny"}], "near": near}
         with open_desk(settle(prompts=sources), tmp_path / f"run{near}", Reporter(quiet=True)) as desk:
-            table = desk.table(prepare.prompts(desk, prepare.start_policy(desk)))
+            table = desk.store.tables.read(prepare.prompts(desk, prepare.start_policy(desk)))
             found[near] = table["reason"].count("duplicate")
     assert found[0.0] == 0 and found[0.6] >= 1
 

@@ -415,6 +415,16 @@ class Config(Section):
                 f"generation.tensor_parallel_size = {generation.tensor_parallel_size} with cluster.gpus = "
                 f"{cluster.gpus:g}: a part samples with its own accelerators; give it as many"
             )
+        if device != "cpu" and self.features.ranks > cluster.gpus:
+            raise ValueError(
+                f"features.ranks = {self.features.ranks} with cluster.gpus = {cluster.gpus:g}: the ranks of a part "
+                "share its own accelerators; give it as many"
+            )
+        if self.timeouts:
+            raise ValueError(
+                f"timeouts = {self.timeouts} with cluster.runner = {cluster.runner!r}: a step in one process can be "
+                "stopped, one that is on a cluster cannot yet; leave out the one or the other"
+            )
 
 
 def load_config(path: str | Path) -> Config:

@@ -247,6 +247,11 @@ ON_GPUS = '[policy]\ncheckpoint = "somewhere"\ndevice = "cuda"\n'
             '[cluster]\nrunner = "ray"\ngpus = 2',
             "distributed_backend = 'ray' with cluster.runner = 'ray'.*use distributed_backend = 'mp'",
         ),
+        (
+            ON_GPUS + '[features]\nranks = 2\n[cluster]\nrunner = "ray"\ngpus = 1',
+            "ranks = 2 with cluster.gpus = 1.*give it as many",
+        ),
+        ('[timeouts]\ncollect = 60\n[cluster]\nrunner = "ray"', "timeouts = {'collect': 60.0} with.*leave out the one"),
     ],
 )
 def test_a_cluster_is_set_up_as_it_can_be_meant(tmp_path: Path, text: str, said: str):

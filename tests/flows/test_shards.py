@@ -71,6 +71,19 @@ def test_parts_make_the_shards_of_the_step(desk: Desk):
     }
 
 
+def test_a_part_may_be_made_by_ranks(settle: Settle, desk: Desk, tmp_path: Path):
+    """Parts whose features two processes make together have the keys of one process, and no process loads the policy."""
+    start, arguments = begin(desk)
+    made = collecting.collect(desk, **arguments)
+    uids = desk.prompts(arguments["data"], "pool").prompt_uid
+    arguments = shards.arguments_of("featurize", desk, start, uids, made, "pool")
+    expected = list(shards.plan(desk, "featurize", arguments))
+    desk.config = settle(evidence=EVIDENCE, features={"ranks": 2})
+    desk.let_go()
+    assert in_parts(desk, "featurize", arguments, 1) == expected
+    assert desk._held is None and shards._kept is not None and shards._kept[1]._held is None
+
+
 def test_a_part_made_twice_counts_once(desk: Desk):
     """Shards that are made again have the same keys and change no count."""
     _, arguments = begin(desk)

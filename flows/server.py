@@ -68,6 +68,7 @@ def server(home: Path, port: int = 0) -> Iterator[str]:
             stdout=log,
             stderr=log,
             preexec_fn=_die_with_parent,
+            start_new_session=True,  # Ctrl-C is for the run, which then ends its server
         )
     try:
         _wait_until_healthy(f"{url}/health", process, home / "server.log")

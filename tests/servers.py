@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -115,9 +116,16 @@ class Prefect:
         request = urllib.request.Request(
             self.url + path, data, headers={"content-type": "application/json"}, method=method
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            text = answer.read()
-        return json.loads(text) if text else None
+        for pause in (0.5, 2.0, 5.0, None):
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    text = answer.read()
+                return json.loads(text) if text else None
+            except urllib.error.HTTPError as error:
+                if error.code != 503 or pause is None:  # its database was busy
+                    raise
+                time.sleep(pause)
+        raise AssertionError("not reached")
 
     def start(self, deployment: str, **parameters: Any) -> str:
         """Schedule a run of a deployment for now, and return its id."""

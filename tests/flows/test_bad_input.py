@@ -307,7 +307,7 @@ def test_images_are_imported_drawn_and_exported_but_get_no_gradient(
         file.write_text("".join(json.dumps(row | {"verdict": verdict}) + "\n" for verdict in verdicts))
         rollouts = collecting.import_rollouts(desk, data)
         drawn = steps.shuffle(desk, data, rollouts, 0, budget=len(pool), seed=1)
-        stage = Stage(0, drawn, 1)
+        stage = Stage(0, drawn, 1, start, drawn)
         folder = export(desk, data, Arm("curriculum", start, "", [stage]))
         with pytest.raises(ValueError, match=rf"prompt {image} holds 1 image"):
             evidence.cascade(desk, data, rollouts)

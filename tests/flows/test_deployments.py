@@ -16,7 +16,7 @@ import yaml
 
 from flows.config import Config, load_config, to_toml
 from flows.server import QUIET
-from tests.servers import Prefect
+from tests.servers import Prefect, free_port
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "flows" / "prefect.yaml"
@@ -220,7 +220,7 @@ def test_a_checkpoint_starts_a_curation(prefect: Prefect, inputs: Path, tiny: Co
 def test_the_quick_start_serves_until_it_is_stopped(tiny: Config, tmp_path: Path):
     """``influent serve`` brings a server on loopback, runs its deployment, and leaves nothing running when stopped."""
     (tmp_path / "tiny.toml").write_text(to_toml(tiny))
-    port = 21_000 + os.getpid() % 1_000
+    port = free_port()
     here = Prefect(f"http://127.0.0.1:{port}/api", tmp_path)
     environment = {k: v for k, v in here.environment.items() if k not in ("PREFECT_API_URL", "PREFECT_HOME")}
     command = [sys.executable, "-m", "flows.cli", "serve", str(tmp_path / "tiny.toml"), "--port", str(port)]
@@ -234,6 +234,7 @@ def test_the_quick_start_serves_until_it_is_stopped(tiny: Config, tmp_path: Path
                 assert serving.poll() is None, serving.stderr.read()
                 time.sleep(0.5)
         here.wait(run, "Completed")
+        time.sleep(5)  # the process of the run ends a little after the run
         serving.send_signal(signal.SIGINT)
         _, said = serving.communicate(timeout=60)
     assert f"http://127.0.0.1:{port}" in said and "Traceback" not in said

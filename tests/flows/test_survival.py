@@ -1,7 +1,6 @@
 """What outlives a worker, a server and a machine: everything that was finished, and the schedule."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from flows.progress import Reporter
 from flows.server import server
 from stores import open_store
 from tests.flows.tiny import keys_of
-from tests.servers import Prefect
+from tests.servers import Prefect, free_port
 
 ROOT = Path(__file__).parents[2]
 REGISTER = """
@@ -114,7 +113,7 @@ def test_the_worker_is_killed_at_each_step(
 @pytest.fixture
 def own_server(tmp_path: Path) -> Iterator[Callable[[], Any]]:
     """Starts a server that may be killed, and starts it again on the same port and the same files."""
-    port = 22_000 + os.getpid() % 1_000
+    port = free_port()
     yield lambda: server(tmp_path / "prefect", port)
 
 

@@ -189,9 +189,10 @@ def _outcome(future: Any, *, last_hope: bool) -> dict[str, Any] | None:
         return dict(future.result())
     except RayError as error:
         if last_hope:
+            told = str(error).strip().splitlines()[-1:]
             raise OSError(
-                f"a part was given up after its workers died again and again ({type(error).__name__}): look for what "
-                "ends them, memory most often, and run the same command again; finished shards are kept"
+                f"a part was given up: {type(error).__name__}{': ' * len(told)}{''.join(told)}. Workers need the same "
+                "version of Influent as this process, and memory; finished shards are kept: run the same command again"
             ) from error
     except Exception:
         if last_hope:

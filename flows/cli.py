@@ -22,7 +22,7 @@ SINGLE = {
 }
 """Commands that run the loop up to one step of one stage, plainly; what is done already is not done again."""
 SCHEDULED = {
-    "serve": "run the nightly curation from here until stopped, with a Prefect server on loopback: the quick start",
+    "serve": "run the nightly curation from here until stopped, with a Prefect server on loopback",
     "deploy": "register nightly, triggered and weekly flows with the Prefect server of PREFECT_API_URL",
     "announce": "tell the Prefect server that a trainer has written a policy, so that curation for it starts",
     "approve": "release the stage that waits for a person, or reject it",

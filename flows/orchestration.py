@@ -78,8 +78,8 @@ def tasks(config: Config) -> Wrap:
     def wrap(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         if name == "release":  # a flow can be suspended, a task cannot
             return step
-        limited = name in COMPUTES and config.policy.device != "cpu"
         placed = spread(config, name, step, trying)
+        limited = name in COMPUTES and config.policy.device != "cpu" and placed is step  # a cluster counts its own
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with concurrency(GPU) if limited else nullcontext():

@@ -12,6 +12,8 @@ from flows.desk import Desk
 if TYPE_CHECKING:
     from flows.arms import Arm, Stage
 
+MANY = 1024  # shards of a pool from which on their book-keeping is felt: each generation names all of them
+
 
 def count_rollouts(desk: Desk, keys: Sequence[str]) -> int:
     """Return how many rollouts the given shards hold."""
@@ -22,6 +24,12 @@ def tell_prompts(desk: Desk, data: str) -> None:
     """Say how many prompts each set has."""
     sizes = desk.splits(data).items()
     desk.reporter.line("  prompts: " + ", ".join(f"{split} {size}" for split, size in sizes if size))
+    shards = len(desk.pool(data)) // desk.config.evidence.shard
+    if shards > MANY:
+        desk.reporter.line(
+            f"  evidence.shard = {desk.config.evidence.shard} makes {shards:,} shards, and as many commits: set it to "
+            f"{len(desk.pool(data)) // MANY + 1:,} or more for a pool of this size"
+        )
 
 
 def tell_cascade(desk: Desk, cascade: Mapping[str, Any]) -> None:

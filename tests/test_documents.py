@@ -14,7 +14,7 @@ from pipeline.selectors import SELECTORS
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "stores", "flows")
 TREE = "<!-- tree -->"
-DATA = (".py", ".toml", ".jsonl", ".j2", ".css")
+DATA = (".py", ".toml", ".jsonl", ".j2", ".css", ".yaml")
 TEXTS = sorted(
     path
     for place in (*PACKAGES, ".ci")

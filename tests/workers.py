@@ -19,7 +19,9 @@ TOGETHER = {
     ),
 }
 LONGEST = (
+    "tests/flows/test_survival.py",
     "tests/flows/test_deployments.py",
+    "tests/flows/test_cluster.py",
     "tests/flows/test_resume.py",
     "tests/flows/test_collecting.py",
     "tests/stores/test_faults.py",

@@ -59,16 +59,20 @@ def show(desk: Desk, stage: Stage) -> None:
         desk.store.record(key, "release", facts)
 
 
-def keep(desk: Desk, data: str, arm: Arm) -> None:
-    """Tell who watches that the arm's last stage is finished, once; then what it left behind so far is on record.
+def keep(desk: Desk, data: str, arm: Arm) -> bool:
+    """Put what an arm left behind so far on record, and tell who watches; both once. Return whether it is new.
 
     What a clock said is left out, so that a repeated run keeps the same.
     """
     facts = asdict(replace(arm, stages=[replace(stage, seconds={}) for stage in arm.stages]))
     key = desk.store.key("arm", data=data, arm=facts, seed=desk.config.seed)
-    if not desk.store.done(key):
+    told, new = desk.store.key("told", arm=key), not desk.store.done(key)
+    if new:
         desk.store.record(key, "arm", {"data": data, "arm": facts, "seed": desk.config.seed})
+    if not desk.store.done(told):
         desk.windows.finished(desk, arm)
+        desk.store.record(told, "told", {"arm": key})
+    return new
 
 
 def kept(store: Store, seed: int | None = None) -> tuple[str, int, Arm]:

@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     scheduled["approve"].add_argument("dir", type=Path, help="run directory")
     scheduled["approve"].add_argument("--by", required=True, metavar="NAME", help="who decides")
     scheduled["approve"].add_argument("--note", default="", help="why")
+    scheduled["approve"].add_argument("--selection", default="", metavar="KEY", help="where several wait")
     scheduled["approve"].add_argument("--reject", action="store_true", help="do not train on it")
     stored = {}
     for name, text in STORED.items():

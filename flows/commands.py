@@ -104,7 +104,7 @@ def _value(v: dict[str, Any], sign: str = "") -> str:
 
 def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: int | None) -> Result:
     from flows.curriculum import run_seed
-    from flows.do import Do, Reached
+    from flows.do import Reached, doing
     from flows.run import open_desk, plain
 
     collects = config.evidence.source != "first_stage"
@@ -116,8 +116,7 @@ def _single(config: Config, folder: Path, reporter: Reporter, step: str, stage: 
         raise ValueError(
             f"--stage {number}: with evidence.source = 'first_stage', stage 0 is a shuffle and has no {step}"
         )
-    with open_desk(config, folder, reporter) as desk:
-        do = Do(desk, plain, until=(step, number))
+    with open_desk(config, folder, reporter) as desk, doing(desk, plain, (step, number)) as do:
         try:
             run_seed(do)
         except Reached as reached:
@@ -142,7 +141,7 @@ def _validity(arguments: argparse.Namespace, config: Config, folder: Path, repor
 
 
 def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Result:
-    from flows.do import Do
+    from flows.do import doing
     from flows.run import open_desk, plain
     from flows.story import count_rollouts
 
@@ -151,8 +150,7 @@ def _bring(config: Config, folder: Path, reporter: Reporter, command: str) -> Re
         raise ValueError(
             f"evidence.source = {config.evidence.source!r}: set it to {command!r}, and evidence.path to {place}"
         )
-    with open_desk(config, folder, reporter) as desk:
-        do = Do(desk, plain)
+    with open_desk(config, folder, reporter) as desk, doing(desk, plain) as do:
         keys = do(step, do("prompts", do("start_policy")))
         return {"keys": keys, "rollouts": count_rollouts(desk, keys)}, 0
 

@@ -54,8 +54,9 @@ def curate(
         stage = select(do, arm, data, start, 0)
         publish(do, data, stage)
         arm.stages.append(stage)
-        keep(desk, data, arm)
-        place = export(desk, data, arm)
+        place = folder / "export"
+        if keep(desk, data, arm) or not place.exists():  # else it would take the place of a newer one
+            export(desk, data, arm)
         result = {"selection": stage.selection, "control": stage.control, "export": str(place.absolute())}
         desk.windows.ended(config, result)
     return result

@@ -14,7 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, StateType
 from prefect.deployments.runner import RunnerDeployment
-from prefect.events import DeploymentEventTrigger, emit_event
+from prefect.events import DeploymentEventTrigger, Event, Resource
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
@@ -37,11 +37,11 @@ def deploy(config: str, directory: str, *, file: Path = FILE, cron: str = "", gp
         config: a TOML file, or the name of a recipe, that all of them get; paths are made absolute.
         directory: the run directory; runs/<name> below the present folder by default.
         file: in the form of ``prefect.yaml``.
-        cron: of the deployments that have one and run every night, in the place of the file's.
+        cron: of the deployment ``nightly``, in the place of the file's.
         gpus: steps that may compute on an accelerator at once; 0 for what the server says, 1 at first.
 
     Returns:
-        The deployments by name, with their ids. A second call changes nothing.
+        The deployments by name, with their ids. A second call keeps the ids, and makes the triggers anew.
 
     Raises:
         ValueError: the file has no deployments, or one that names no flow of ours.
@@ -51,6 +51,16 @@ def deploy(config: str, directory: str, *, file: Path = FILE, cron: str = "", gp
     specs = (yaml.safe_load(file.read_text()) or {}).get("deployments") or []
     if not specs:
         raise ValueError(f"file = {str(file)!r} has no deployments; flows/prefect.yaml is one that has")
+    for number, spec in enumerate(specs):
+        lacks = [name for name in ("name", "entrypoint", "work_pool") if name not in spec]
+        if lacks:
+            raise ValueError(
+                f"file = {str(file)!r}: deployment {number} lacks {lacks[0]!r}; give it as flows/prefect.yaml does"
+            )
+    if cron and not any(spec["name"] == "nightly" for spec in specs):
+        raise ValueError(
+            f"cron = {cron!r}: no deployment of {str(file)!r} is named 'nightly'; give schedules in the file"
+        )
     given = parameters_for(config, directory)
     made: dict[str, Any] = {}
     for pool in {spec["work_pool"]["name"] for spec in specs}:
@@ -68,7 +78,8 @@ def serve_nightly(config: str, directory: str, cron: str) -> None:
 
     spec = next(s for s in yaml.safe_load(FILE.read_text())["deployments"] if s["name"] == "nightly")
     os.environ.update({k: v for k, v in spec["work_pool"]["job_variables"]["env"].items() if k not in os.environ})
-    served = _deployment({k: v for k, v in spec.items() if k != "work_pool"}, parameters_for(config, directory), cron)
+    alone = {k: v for k, v in spec.items() if k != "work_pool"} | {"name": "served"}  # not that of ``deploy``
+    served = _deployment(alone, parameters_for(config, directory), cron)
     _ensure_limit(0)
     _ensure_end_of_silence()
     serve(served, print_starting_message=False)
@@ -78,17 +89,23 @@ def announce(checkpoint: str) -> dict[str, str]:
     """Tell the server that a trainer has written a policy, so that curation for it starts."""
     place = str(Path(checkpoint).absolute()) if Path(checkpoint).exists() else checkpoint
     resource = {"prefect.resource.id": f"influent.checkpoint.{place}"}
-    event = emit_event(PUBLISHED, resource=resource, payload={"checkpoint": place})
-    if event is None:
-        raise OSError("the event was not taken: is PREFECT_API_URL that of a running server?")
+    event = Event(event=PUBLISHED, resource=Resource(resource), payload={"checkpoint": place})
+    with get_client(sync_client=True) as client:  # at once: what is only queued is lost with the process
+        client.request("POST", "/events", json=[event.model_dump(mode="json")]).raise_for_status()
     return {"event": str(event.id), "checkpoint": place}
 
 
-def resume(run: str, approved: bool, by: str, note: str) -> None:
-    """Let a suspended flow run go on with a decision."""
+def resume(run: str, approved: bool, by: str, note: str) -> dict[str, str]:
+    """Let a suspended flow run go on with a decision, which is kept whether it can or not; say what became of it."""
+    from httpx import HTTPError
+    from prefect.exceptions import FlowPauseTimeout, NotPausedError
     from prefect.flow_runs import resume_flow_run
 
-    resume_flow_run(UUID(run), run_input={"approve": approved, "by": by, "note": note})
+    try:
+        resume_flow_run(UUID(run), run_input={"approve": approved, "by": by, "note": note})
+    except (NotPausedError, FlowPauseTimeout, ObjectNotFound, HTTPError, RuntimeError) as error:
+        return {"flow_run": f"{run} does not wait any more ({error}); the next run goes on with this decision"}
+    return {"flow_run": f"{run} goes on"}
 
 
 def parameters_for(config: str, directory: str) -> dict[str, str]:
@@ -110,7 +127,7 @@ def _deployment(spec: dict[str, Any], given: dict[str, str], cron: str) -> Runne
     names = flow.parameters.properties
     parameters = {**spec.get("parameters", {}), **given}
     pool, limit = spec.get("work_pool", {}), spec.get("concurrency_limit")
-    changed = {"cron": cron} if cron and spec["name"] == "nightly" else {}
+    changed = {"cron": cron} if cron and spec["name"] in ("nightly", "served") else {}
     schedules = [_cron(**schedule | changed) for schedule in spec.get("schedules", [])]
     return flow.to_deployment(  # type: ignore[return-value]
         spec["name"],
@@ -118,7 +135,7 @@ def _deployment(spec: dict[str, Any], given: dict[str, str], cron: str) -> Runne
         parameters={name: value for name, value in parameters.items() if name in names},
         triggers=[DeploymentEventTrigger.model_validate(t) for t in spec.get("triggers", [])],
         description=spec.get("description"),
-        tags=spec.get("tags"),
+        tags=sorted({"influent", *spec.get("tags", ())}),
         concurrency_limit=ConcurrencyLimitConfig.model_validate(limit) if limit else None,
         work_pool_name=pool.get("name"),
         job_variables={**pool.get("job_variables", {}), "working_dir": str(Path.cwd())} if pool else None,

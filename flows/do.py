@@ -85,15 +85,15 @@ class Do:
 
 
 @contextmanager
-def doing(desk: Desk, wrap: Wrap) -> Iterator[Do]:
+def doing(desk: Desk, wrap: Wrap, until: tuple[str, int] | None = None) -> Iterator[Do]:
     """Give the steps of a desk, in a process of their own where one of them has a time limit."""
     if not desk.config.timeouts:
-        yield Do(desk, wrap)
+        yield Do(desk, wrap, until)
         return
     from flows.isolation import Isolated
 
     isolated = Isolated(desk)
     try:
-        yield Do(desk, lambda name, step: wrap(name, isolated.wrap(name, step)))
+        yield Do(desk, lambda name, step: wrap(name, isolated.wrap(name, step)), until)
     finally:
         isolated.close()

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any
@@ -36,6 +37,14 @@ class Lost(ChildProcessError):
     """The process of a step ended before the step did."""
 
 
+class _Raised(Exception):
+    """Carries what a step itself raised: its process is sound."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
 class Isolated:
     """The steps of a desk, in a process of their own.
 
@@ -51,7 +60,12 @@ class Isolated:
     def wrap(self, name: str, step: Callable[..., Any]) -> Callable[..., Any]:
         """Return a callable that has the step done elsewhere."""
         if name in HERE:
-            return step
+
+            def alone(*args: Any, **kwargs: Any) -> Any:
+                self.close()  # a wait of hours holds no accelerator
+                return step(*args, **kwargs)
+
+            return alone
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._ask(name, args, kwargs)
@@ -82,7 +96,12 @@ class Isolated:
             self._process.stdin.flush()
             with ExitStack() as bars:
                 return self._listen(name, time.monotonic() + limit if limit else None, bars)
-        except (Overdue, Lost, BrokenPipeError, KeyboardInterrupt):
+        except _Raised as raised:
+            raise raised.error from None
+        except BrokenPipeError as error:
+            self.close()
+            raise Lost(f"the process of step {name!r} had ended; run the same command again") from error
+        except BaseException:
             self.close()
             raise
 
@@ -93,7 +112,7 @@ class Isolated:
             if kind == "result":
                 return said[0]
             if kind == "error":
-                raise _revived(*said)
+                raise _Raised(_revived(*said))
             if kind == "bar":
                 advance = bars.enter_context(self.desk.reporter.bar(*said))
             elif kind == "end":
@@ -180,8 +199,16 @@ def _revived(module: str, name: str, text: str) -> BaseException:
     return RuntimeError(f"{name}: {text}")
 
 
+def _end_with(parent: int) -> None:
+    """End this process and all that it started, also in the middle of a step, when the one that asks is gone."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
     """Do what is asked for, a line a step, until the input ends."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not an answer
 
@@ -197,6 +224,7 @@ def main() -> None:
             try:
                 result = STEPS[asked["step"]](desk, *asked["args"], **asked["kwargs"])
             except Exception as error:
+                traceback.print_exc()
                 say("error", type(error).__module__, type(error).__qualname__, str(error))
             else:
                 say("result", result)

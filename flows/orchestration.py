@@ -50,7 +50,7 @@ def _flow(config: Config, folder: Path, reporter: Reporter, seeds: Sequence[int]
     from flows.pages import Pages, with_progress
     from flows.run import run
 
-    @flow(name="curriculum", flow_run_name=config.name, persist_result=False, validate_parameters=False)
+    @flow(name="curriculum", flow_run_name=lambda: config.name, persist_result=False, validate_parameters=False)
     def curriculum() -> dict[str, Any]:
         shown = with_progress(reporter)
         return run(config, folder, shown, seeds=seeds, wrap=tasks(config), windows=Pages(folder, seeds[0]))

@@ -9,8 +9,10 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import (
@@ -22,6 +24,7 @@ from prefect.artifacts import (
 from prefect.assets import add_asset_metadata, materialize
 from prefect.client.orchestration import get_client
 from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_runs import suspend_flow_run
 from prefect.input import RunInput
 from prefect.runtime import deployment, flow_run
@@ -97,7 +100,8 @@ class Pages(Windows):
             rows = _best(desk, stage.selection)
             create_table_artifact(rows, key=slug(f"{name}-prompts"), description=f"best prompts of {stage.selection}")
 
-        show()
+        with _at_best():
+            show()
         self._emit(RELEASED, stage.selection, facts | {"stage": stage.number, "seed": desk.config.seed})
 
     def finished(self, desk: Desk, arm: Arm) -> None:
@@ -112,22 +116,27 @@ class Pages(Windows):
         for name in ("report.html", "summary.json", "export"):
             if (self.folder / name).exists():
                 lines.append(f"- [{name}]({(self.folder / name).as_uri()})")
-        create_markdown_artifact("\n".join(lines), key=slug(f"{config.name}-result"))
+        with _at_best():
+            create_markdown_artifact("\n".join(lines), key=slug(f"{config.name}-result"))
 
     def _refuse_a_second(self, selection: str) -> None:
-        if not (self.folder / release.WAITING).is_file():
+        try:
+            other = release.waiting(self.folder, selection).get("flow_run", "")
+        except FileNotFoundError:
             return
-        found = release.waiting(self.folder)
-        other = found.get("flow_run", "")
-        if found["selection"] != selection or not other or other == str(flow_run.id):
+        if not other or other == str(flow_run.id):
             return
         with get_client(sync_client=True) as client:
-            state = client.read_flow_run(other).state  # type: ignore[arg-type]
-        if state is not None and state.is_paused():
+            try:
+                state = client.read_flow_run(UUID(other)).state
+            except ObjectNotFound:  # a new server knows nothing of it
+                return
+        if state is not None and not state.is_final():  # it waits, or has its answer and is about to go on
             raise Waits(f"selection {selection} waits for approval in flow run {other}: decide there")
 
     def _emit(self, event: str, selection: str, facts: dict[str, Any]) -> None:
-        emit_event(event, resource={"prefect.resource.id": f"influent.selection.{selection}"}, payload=facts)
+        with _at_best():
+            emit_event(event, resource={"prefect.resource.id": f"influent.selection.{selection}"}, payload=facts)
 
 
 class Shown(Reporter):
@@ -176,7 +185,8 @@ def with_progress(reporter: Reporter) -> Reporter:
 
 def slug(text: str) -> str:
     """Return a text as the key of an artifact: small letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9/]+", "-", text.lower()).replace("/", "-").strip("-")
+    clean = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return clean if text.isascii() else f"{clean}-{sha256(text.encode()).hexdigest()[:8]}".strip("-")
 
 
 @contextmanager
@@ -191,14 +201,25 @@ def _progress(label: str, total: int) -> Iterator[Any]:
         now = time.monotonic()
         if total and now - began > LONG and now - shown > EVERY:
             shown, share = now, 100.0 * done / total
-            if artifact is None:
-                artifact = create_progress_artifact(share, key=slug(label), description=label)
-            else:
-                update_progress_artifact(artifact, progress=share)
+            with _at_best():
+                if artifact is None:
+                    artifact = create_progress_artifact(share, key=slug(label), description=label)
+                else:
+                    update_progress_artifact(artifact, progress=share)
 
     yield show
     if artifact is not None:
-        update_progress_artifact(artifact, progress=100.0)
+        with _at_best():
+            update_progress_artifact(artifact, progress=100.0)
+
+
+@contextmanager
+def _at_best() -> Iterator[None]:
+    """Let nothing that only shows end what computes."""
+    try:
+        yield
+    except Exception as error:
+        get_run_logger().warning("a page of this run is not up to date: %s: %s", type(error).__name__, error)
 
 
 def _best(desk: Desk, selection: str) -> list[dict[str, Any]]:

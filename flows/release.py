@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from flows.desk import Desk
     from stores.store import Store
 
-WAITING = "waiting.json"
-"""In the run directory while a stage waits: its selection, and the flow run that goes on once somebody has decided."""
+WAITING = "waiting"
+"""In the run directory: a file for each selection that waits, with the flow run that goes on once somebody decides."""
 LOOK_EVERY = 2.0  # seconds between looks for a decision
 
 
@@ -36,7 +36,7 @@ def release(desk: Desk, selection: str) -> str:
     if not desk.store.done(key):
         desk.rest()
         desk.windows.wait(desk, selection)
-        (desk.folder / WAITING).unlink(missing_ok=True)
+    _place(desk.folder, selection).unlink(missing_ok=True)
     decision = desk.store.meta(key)
     said = f"by {decision['by']}" + (f": {decision['note']}" if decision["note"] else "")
     if not decision["approved"]:
@@ -60,19 +60,30 @@ def announce(desk: Desk, selection: str, **facts: str) -> None:
     """Leave in the run directory what waits, for ``influent approve``."""
     from flows.summary import write_json
 
-    write_json(desk.folder / WAITING, {"selection": selection, **facts})
+    _place(desk.folder, selection).parent.mkdir(exist_ok=True)
+    write_json(_place(desk.folder, selection), {"selection": selection, **facts})
 
 
-def waiting(folder: Path) -> dict[str, str]:
-    """Return what waits in a run directory.
+def waiting(folder: Path, selection: str = "") -> dict[str, str]:
+    """Return what waits in a run directory: a selection, or the only one there is.
 
     Raises:
         FileNotFoundError: nothing does.
+        ValueError: several do, and none is named.
     """
-    file = folder / WAITING
-    if not file.is_file():
+    files = sorted((folder / WAITING).glob("*.json"))
+    found = [_place(folder, selection)] if selection and _place(folder, selection) in files else files
+    if not found or (selection and _place(folder, selection) not in files):
         raise FileNotFoundError(f"nothing waits for approval in {str(folder)!r}: 'influent status' says what it holds")
-    return dict(json.loads(file.read_text()))
+    if len(found) > 1:
+        raise ValueError(
+            f"several selections wait in {str(folder)!r}: name one by --selection: {[f.stem for f in files]}"
+        )
+    return dict(json.loads(found[0].read_text()))
+
+
+def _place(folder: Path, selection: str) -> Path:
+    return folder / WAITING / f"{selection}.json"
 
 
 def decide(store: Store, selection: str, *, approved: bool, by: str, note: str = "") -> dict[str, Any]:

@@ -58,7 +58,7 @@ def open_desk(
     settings = to_toml(config.model_copy(update={"report_to": ()}))  # who watches changes no result
     store = open_store(folder / "store", config.catalog or None, config.objects or None)
     with (
-        store.hold(f"run {config.name}", patience=patience),
+        store.hold(f"run {config.name}" if config.catalog else "run", patience=patience),
         VerifierPool(config.verifiers.processes, config.verifiers.timeout) as verifiers,
     ):
         write_text(folder / "config.toml", to_toml(config))

@@ -16,22 +16,29 @@ HOME = Path("runs") / "prefect"
 
 def scheduled(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the command and return what to print."""
-    quieten(HOME)
     if arguments.command == "serve":
+        quieten(HOME)
         return _serve(arguments)
     if arguments.command == "approve":
-        return _approve(arguments.dir, not arguments.reject, arguments.by, arguments.note)
+        return _approve(arguments.dir, arguments.selection, not arguments.reject, arguments.by, arguments.note)
     if not os.environ.get("PREFECT_API_URL"):
         raise OSError(
             f"PREFECT_API_URL is not set, and {arguments.command!r} needs a server that stays: start one and name it "
             "(OPERATIONS.md says how), or use 'influent serve'"
         )
+    quieten(HOME)
+    from httpx import HTTPError
+
     from flows import deploy
 
-    if arguments.command == "announce":
-        return deploy.announce(arguments.checkpoint)
-    file, directory = arguments.file or deploy.FILE, str(arguments.dir or "")
-    return deploy.deploy(arguments.config, directory, file=file, cron=arguments.cron, gpus=arguments.gpus)
+    try:
+        if arguments.command == "announce":
+            return deploy.announce(arguments.checkpoint)
+        file, directory = arguments.file or deploy.FILE, str(arguments.dir or "")
+        return deploy.deploy(arguments.config, directory, file=file, cron=arguments.cron, gpus=arguments.gpus)
+    except HTTPError as error:
+        url = os.environ["PREFECT_API_URL"]
+        raise OSError(f"PREFECT_API_URL = {url!r}: {type(error).__name__}: {error}; is the server running?") from error
 
 
 def _serve(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -51,15 +58,16 @@ def _serve_at(url: str, cron: str, config: str, directory: str) -> dict[str, Any
     return {"served": config}
 
 
-def _approve(folder: Path, approved: bool, by: str, note: str) -> dict[str, Any]:
+def _approve(folder: Path, selection: str, approved: bool, by: str, note: str) -> dict[str, Any]:
     from flows.commands import store_of
     from flows.release import decide, waiting
 
-    found = waiting(folder)
+    found = waiting(folder, selection)
     decision = decide(store_of(folder), found["selection"], approved=approved, by=by, note=note)
     if "flow_run" in found:
+        quieten(HOME)
+        os.environ.setdefault("PREFECT_API_URL", found["api"])
         from flows.deploy import resume
 
-        os.environ.setdefault("PREFECT_API_URL", found["api"])
-        resume(found["flow_run"], approved, by, note)
+        return decision | resume(found["flow_run"], approved, by, note)
     return decision

@@ -58,7 +58,8 @@ def server(home: Path, port: int = 0) -> Iterator[str]:
     command += ["prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port", str(port)]
     url = f"http://127.0.0.1:{port}/api"
     ours = QUIET | LASTING | {"PREFECT_HOME": str(home.absolute()), "PREFECT_UI_API_URL": url}
-    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | ours
+    others = ("PREFECT_API_URL", "PREFECT_API_DATABASE", "PREFECT_SERVER_DATABASE")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(others)} | ours
     home.mkdir(parents=True, exist_ok=True)
     with (home / "server.log").open("ab") as log:
         process = subprocess.Popen(
@@ -94,10 +95,10 @@ def _free(port: int) -> int:
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + START_LIMIT
+    limit, direct = time.monotonic() + START_LIMIT, urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < limit and process.poll() is None:
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with direct.open(url, timeout=5):
                 return
         except OSError:
             time.sleep(0.25)

@@ -43,8 +43,7 @@ def plan(desk: Desk, step: str, arguments: Mapping[str, Any]) -> dict[str, Seque
         return {key: shard.prompt_uid for key, shard in collecting.shards_of(desk, policy, prompts, **made).items()}
     rollouts = arguments["rollouts"]
     held = evidence.latest_of(desk, rollouts, arguments["uids"]).held
-    shared = desk.config.features.ranks > 1  # then no process holds all of the policy
-    where = gradients.space(desk, desk.outline(policy) if shared else desk.load(policy), arguments["name"])
+    where = gradients.space(desk, desk.outline(policy), arguments["name"])  # who asks need not hold the policy
     uids = [arguments["uids"][place] for place in held.tolist()]
     return dict(generations.shards_of(desk, policy, uids, rollouts, where))
 

@@ -182,7 +182,7 @@ def test_one_process_writes_to_a_run(capsys: pytest.CaptureFixture[str], begun: 
 import sys, time
 from pathlib import Path
 from stores import open_store
-with open_store(Path({str(begun / "store")!r})).hold("run tiny", seconds=1.0):
+with open_store(Path({str(begun / "store")!r})).hold("run", seconds=1.0):
     print("held", flush=True)
     time.sleep(60)
 """

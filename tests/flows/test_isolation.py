@@ -59,10 +59,22 @@ def test_a_step_is_stopped_at_its_limit(settle: Callable[..., Config], tmp_path:
         stage = do("shuffle", data, [], 0, budget=8, seed=1)
         steps = {"targets": None, "way": "", "sampler": "shuffle", "first": 0, "stage_start": 0, "total": 400}
         began = time.monotonic()
+        seen, stop = set[int](), threading.Event()
+
+        def look() -> None:
+            while not stop.wait(0.1):
+                seen.update(_children(os.getpid()) - before)
+
+        looking = threading.Thread(target=look)
+        looking.start()
         with pytest.raises(Overdue, match=r"timeouts.train = 2 s"):
             do("train", start, data, stage, [], **steps, steps=400)
+        stop.set()
+        looking.join()
         assert time.monotonic() - began < 60
-        assert not _alive(_children(os.getpid()) - before)
+        assert len(seen) > 1, "it scores in processes of its own"
+        time.sleep(0.5)
+        assert not _alive(seen)
         assert do("prompts", start) == data, "the next step has another process"
         with pytest.raises(Missing):
             do("evaluate", "policy-0", data, ["test"])

@@ -29,7 +29,7 @@ def gated(settle: Callable[..., Config]) -> Config:
 def _once_it_waits(folder: Path, then: Callable[[], None]) -> threading.Thread:
     def watch() -> None:
         until = time.monotonic() + 200
-        while not (folder / WAITING).is_file() and time.monotonic() < until:
+        while not list((folder / WAITING).glob("*.json")) and time.monotonic() < until:
             time.sleep(0.05)
         then()
 
@@ -50,7 +50,7 @@ def test_a_stage_waits_for_approval(gated: Config, tmp_path: Path, capsys: pytes
     made = curate(gated, folder, Reporter(quiet=True))
     thread.join()
     assert seen == [False, 0] and json.loads(capsys.readouterr().out)["selection"] == made["selection"]
-    assert (folder / "export" / "manifest.json").is_file() and not (folder / WAITING).exists()
+    assert (folder / "export" / "manifest.json").is_file() and not list((folder / WAITING).iterdir())
     assert curate(gated, folder, Reporter(quiet=True)) == made
     store = open_store(folder / "store")
     decision = store.meta(approval_key(store, made["selection"]))
@@ -81,5 +81,11 @@ def test_nothing_to_decide_is_said(tiny: Config, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="nothing waits"):
         waiting(tmp_path)
     (tmp_path / "config.toml").write_text(to_toml(tiny))
+    (tmp_path / WAITING).mkdir()
+    for name in ("selection-1", "selection-2"):
+        (tmp_path / WAITING / f"{name}.json").write_text(json.dumps({"selection": name}))
+    assert waiting(tmp_path, "selection-2") == {"selection": "selection-2"}
+    with pytest.raises(ValueError, match="--selection"):
+        waiting(tmp_path)
     with pytest.raises(ValueError, match="give a name"):
         decide(open_store(tmp_path / "store"), "selection-0", approved=True, by=" ")

@@ -146,7 +146,10 @@ def _process_of(prefect: Prefect) -> int:
     port = prefect.url.partition("127.0.0.1:")[2].partition("/")[0]
     for place in Path("/proc").iterdir():
         if place.name.isdigit():
-            words = (place / "cmdline").read_bytes().split(b"\0")
+            try:
+                words = (place / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
             if b"uvicorn" in words and port.encode() in words:
                 return int(place.name)
     raise AssertionError("the server is not to be found")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect import serve
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -95,9 +98,17 @@ def announce(checkpoint: str) -> dict[str, str]:
     return {"event": str(event.id), "checkpoint": place}
 
 
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Say of a server that does not answer which it is."""
+    try:
+        yield
+    except HTTPError as error:
+        raise OSError(f"PREFECT_API_URL = {url!r}: {type(error).__name__}: {error}; is the server running?") from error
+
+
 def resume(run: str, approved: bool, by: str, note: str) -> dict[str, str]:
     """Let a suspended flow run go on with a decision, which is kept whether it can or not; say what became of it."""
-    from httpx import HTTPError
     from prefect.exceptions import FlowPauseTimeout, NotPausedError
     from prefect.flow_runs import resume_flow_run
 

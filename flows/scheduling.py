@@ -27,18 +27,14 @@ def scheduled(arguments: argparse.Namespace) -> dict[str, Any]:
             "(OPERATIONS.md says how), or use 'influent serve'"
         )
     quieten(HOME)
-    from httpx import HTTPError
-
     from flows import deploy
 
-    try:
+    with deploy.reaching(os.environ["PREFECT_API_URL"]):
         if arguments.command == "announce":
             return deploy.announce(arguments.checkpoint)
         file, directory = arguments.file or deploy.FILE, str(arguments.dir or "")
         return deploy.deploy(arguments.config, directory, file=file, cron=arguments.cron, gpus=arguments.gpus)
-    except HTTPError as error:
-        url = os.environ["PREFECT_API_URL"]
-        raise OSError(f"PREFECT_API_URL = {url!r}: {type(error).__name__}: {error}; is the server running?") from error
+    raise AssertionError("not reached")
 
 
 def _serve(arguments: argparse.Namespace) -> dict[str, Any]:

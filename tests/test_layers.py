@@ -25,7 +25,7 @@ DOORS = {
     "datasets": {"pipeline/prompts.py"},
     "reasoning_gym": {"pipeline/gym.py", "pipeline/verifiers.py"},
     "vllm": {"pipeline/generation/vllm.py"},
-    "httpx": {"pipeline/generation/server.py"},
+    "httpx": {"pipeline/generation/server.py", "flows/deploy.py"},
     "faiss": {"stores/index.py", "stores/foreign.py"},
     "sqlalchemy": {
         *(f"stores/{name}.py" for name in ("catalog", "database", "leases", "rows", "schema", "migrations/__init__")),

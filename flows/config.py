@@ -118,6 +118,9 @@ class Generation(Section):
                     f"{changed[0]} = {getattr(self, changed[0])!r} is a setting of engine = {engine!r}, and engine = "
                     f"{self.engine!r}: leave it out, or choose that engine"
                 )
+        if urlsplit(self.url).password:
+            message = "url has a password, and settings are kept and shown: put the key into generation.key_variable"
+            raise PydanticCustomError("secret", message)
         if self.engine == "server" and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"engine = 'server' with url = {self.url!r}: give the address, such as http://host:8000")
         if self.distributed_backend and self.tensor_parallel_size == 1:

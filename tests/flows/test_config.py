@@ -272,3 +272,11 @@ def test_a_cluster_that_can_be_meant_is_read(tmp_path: Path):
     for text in ('[cluster]\nrunner = "ray"', far + 'runner = "ray"\naddress = "ray://head:10001"'):
         (tmp_path / "x.toml").write_text(tomli_w.dumps(MINIMAL | tomllib.loads(text)))
         assert load_config(tmp_path / "x.toml").cluster.runner == "ray"
+
+
+def test_the_address_of_a_server_holds_no_password(tiny: Config):
+    """A password in generation.url is refused, and the refusal does not show it."""
+    server = {"engine": "server", "url": "http://me:hunter2@host:8000"}
+    with pytest.raises(ValueError, match=r"key_variable") as refused:
+        Config.model_validate(tiny.model_dump() | {"generation": server})
+    assert "key_variable" in refused.value.errors()[0]["msg"] and "hunter2" not in refused.value.errors()[0]["msg"]

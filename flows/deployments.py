@@ -14,7 +14,7 @@ from prefect.states import Completed
 
 from flows.config import Config, load_config
 from flows.orchestration import tasks
-from flows.pages import Pages, Shown, Waits, slug
+from flows.pages import Pages, Shown, Waits, slug, with_progress
 
 PATIENCE = 24 * 3600.0  # seconds that a run waits for another one in the same directory
 
@@ -34,7 +34,14 @@ def curriculum(config: str = "embedded", directory: str = "", seed: int | None =
     settings, folder = _settings(config, directory, seed)
     numbers = range(settings.seed, settings.seed + seeds)
     try:
-        run(settings, folder, Shown(quiet=True), seeds=numbers, wrap=tasks(settings), **_around(settings, folder))
+        run(
+            settings,
+            folder,
+            with_progress(Shown(quiet=True)),
+            seeds=numbers,
+            wrap=tasks(settings),
+            **_around(settings, folder),
+        )
     except Waits as waits:
         return Completed(name="Waits", message=str(waits))
     return {name: str(folder.absolute() / name) for name in ("summary.json", "report.html", "export")}
@@ -57,7 +64,7 @@ def curate(config: str = "embedded", directory: str = "", seed: int | None = Non
         return once(
             settings,
             folder,
-            Shown(quiet=True),
+            with_progress(Shown(quiet=True)),
             checkpoint=checkpoint,
             wrap=tasks(settings),
             **_around(settings, folder),
@@ -76,7 +83,7 @@ def export(directory: str, seed: int | None = None) -> dict[str, str]:
     """
     from flows.export import export_kept
 
-    return {"export": str(export_kept(Path(directory), Shown(quiet=True), seed).absolute())}
+    return {"export": str(export_kept(Path(directory), with_progress(Shown(quiet=True)), seed).absolute())}
 
 
 @flow(persist_result=False, flow_run_name="maintain {directory}")

@@ -90,7 +90,7 @@ class Desk:
 
     def rest(self) -> None:
         """Give memory back, an accelerator's too, before a wait of hours; what is needed again is loaded again."""
-        self._held = None
+        self.let_go()
         self.engines.close()
 
     def prompts(self, data: str, split: str) -> Prompts:

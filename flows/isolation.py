@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Any
 
 from flows.desk import Desk
-from flows.lent import borrow, lend
+from flows.lent import borrow, end_with_parent, how_it_ended, lend
 from flows.progress import Advance, Reporter
 
 HERE = frozenset({"release"})
@@ -135,7 +135,7 @@ class Isolated:
         if not line:
             assert self._process is not None
             code = self._process.wait()
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            how = how_it_ended(code)
             raise Lost(f"the process of step {name!r} {how}; what it had committed is kept: run the same command again")
         return line
 
@@ -199,16 +199,9 @@ def _revived(module: str, name: str, text: str) -> BaseException:
     return RuntimeError(f"{name}: {text}")
 
 
-def _end_with(parent: int) -> None:
-    """End this process and all that it started, also in the middle of a step, when the one that asks is gone."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.killpg(0, signal.SIGKILL)
-
-
 def main() -> None:
     """Do what is asked for, a line a step, until the input ends."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent(lambda: os.killpg(0, signal.SIGKILL))  # and all that this one started
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is not an answer
 

@@ -6,8 +6,11 @@ What is lent is JSON, so it can go to another machine. Once the lease is overtak
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +20,23 @@ from flows.config import Config, to_toml
 from flows.desk import Desk
 from flows.progress import Reporter
 from stores.entries import Lease
+
+
+def end_with_parent(end: Callable[[], object]) -> None:
+    """Call ``end``, also in the middle of a step, as soon as the process that started this one is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        end()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def how_it_ended(code: int) -> str:
+    """Say what the exit code of a process tells."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
 
 def lend(desk: Desk) -> dict[str, Any]:

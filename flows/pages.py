@@ -140,7 +140,7 @@ class Pages(Windows):
 
 
 class Shown(Reporter):
-    """Writes to the log of the flow run, and shows what takes long as it goes on."""
+    """Writes to the log of the flow run; ``with_progress`` lets it show what takes long as it goes on."""
 
     def heading(self, text: str) -> None:
         """Begin a part of the run."""
@@ -152,17 +152,6 @@ class Shown(Reporter):
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """Say nothing: a table may hold a prompt's text."""
-
-    @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """Show progress of ``total`` units."""
-        with _progress(label, total) as show, Reporter.bar(self, label, total) as advance:
-
-            def both(n: int, note: str = "") -> None:
-                advance(n, note)
-                show(n)
-
-            yield both
 
 
 def with_progress(reporter: Reporter) -> Reporter:

@@ -13,20 +13,17 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from flows import evidence, generations, gradients
-from flows.config import Config
 from flows.desk import Desk
+from flows.lent import borrow, end_with_parent, how_it_ended, lend
 from flows.progress import Advance, Reporter
 
 POLL = 0.1  # seconds between looks at the processes
@@ -49,18 +46,8 @@ def featurize(
         advance(sum(len(shard) for key, shard in keys.items() if key not in missing))
         if missing:
             desk.let_go()
-            lease = desk.store.lease
-            request = {
-                "config": desk.config.model_dump(mode="json"),
-                "folder": str(desk.folder),
-                "store": str(desk.store.root),
-                "origin": desk.store.origin,
-                "lease": asdict(lease) if lease else None,
-                "policy": policy,
-                "name": name,
-                "rollouts": list(rollouts),
-                "shards": missing,
-            }
+            job = {"policy": policy, "name": name, "rollouts": list(rollouts), "shards": missing}
+            request = lend(desk) | {"device": desk.config.policy.device} | job
             _start_and_wait(desk, request, desk.config.features.ranks, missing, advance)
     return list(keys)
 
@@ -111,9 +98,8 @@ def _obituary(codes: Sequence[int | None], logs: Sequence[Path]) -> str:
     dead = sorted((code > 0, rank, code) for rank, code in enumerate(codes) if code)
     parts = []
     for _, rank, code in dead:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         lines = logs[rank].read_text(errors="replace").splitlines()[-LAST:]
-        parts.append("\n".join([f"rank {rank} of {len(codes)} {how}", *(f"  {line}" for line in lines)]))
+        parts.append("\n".join([f"rank {rank} of {len(codes)} {how_it_ended(code)}", *(f"  {line}" for line in lines)]))
     return (
         "features.ranks: " + "\n".join(parts) + "\nfinished shards are kept; the same command goes on from there. If "
         "memory ran out, lower policy.micro_tokens or raise features.ranks"
@@ -122,23 +108,14 @@ def _obituary(codes: Sequence[int | None], logs: Sequence[Path]) -> str:
 
 def main(file: Path) -> None:
     """Be one of the processes: make the shards of a request together with the others."""
-    import torch
-
     from pipeline.fsdp import join_group, leave_group
-    from stores import open_store
-    from stores.entries import Lease
 
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent(lambda: os._exit(1))
     request = json.loads(file.read_text(encoding="utf-8"))
-    config = Config.model_validate(request["config"])
-    if config.policy.threads:
-        torch.set_num_threads(config.policy.threads)
     rank, ranks, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    device = join_group(config.policy.device, rank, ranks, local=local, meet=os.environ.get("INFLUENT_MEET", "env://"))
-    store = open_store(Path(request["store"]), config.catalog or None, config.objects or None)
-    store.origin, store.lease = request["origin"], Lease(**request["lease"]) if request["lease"] else None
-    desk = Desk(config, Path(request["folder"]), store, None, Reporter(quiet=True))
-    _make(desk, request, device, commits=rank == 0)
+    device = join_group(request["device"], rank, ranks, local=local, meet=os.environ.get("INFLUENT_MEET", "env://"))
+    with borrow(request, Reporter(quiet=True)) as desk:
+        _make(desk, request, device, commits=rank == 0)
     leave_group()
 
 
@@ -170,13 +147,6 @@ def _make(desk: Desk, request: dict[str, Any], device: str, *, commits: bool) ->
         if commits:
             seen = watched if name == "features" else None
             generations.write_generation(desk, key, policy, where, found, rows, seen)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 if __name__ == "__main__":
